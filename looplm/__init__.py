@@ -1,0 +1,66 @@
+"""looplm: train, measure and serve looped language models that hold their accuracy at any depth.
+
+Every public name loads its module when it is first used, so that ``import looplm`` is fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ArithmeticDataModule": "looplm.corpora.arithmetic",
+    "DepthAccuracyCurve": "looplm.callbacks.depth_accuracy",
+    "DepthExactMatch": "looplm.metrics",
+    "DepthSampler": "looplm.depth",
+    "DepthTokenAccuracy": "looplm.metrics",
+    "FixedDepth": "looplm.depth",
+    "JacobianPenalty": "looplm.stability.penalty",
+    "LastStepPenalty": "looplm.stability.penalty",
+    "LogNormalDepth": "looplm.depth",
+    "LoopLM": "looplm.module",
+    "LoopState": "looplm.loop",
+    "LoopedConfig": "looplm.config",
+    "LoopedModel": "looplm.loop",
+    "LoopedTransformer": "looplm.model",
+    "PoissonDepth": "looplm.depth",
+    "STARSObjective": "looplm.objective",
+    "ScheduledDepth": "looplm.depth",
+    "UniformDepth": "looplm.depth",
+    "generate": "looplm.generation",
+    "unroll": "looplm.loop",
+}
+
+__all__ = sorted(_HOME)
+
+if TYPE_CHECKING:
+    from looplm.callbacks.depth_accuracy import DepthAccuracyCurve
+    from looplm.config import LoopedConfig
+    from looplm.corpora.arithmetic import ArithmeticDataModule
+    from looplm.depth import (
+        DepthSampler,
+        FixedDepth,
+        LogNormalDepth,
+        PoissonDepth,
+        ScheduledDepth,
+        UniformDepth,
+    )
+    from looplm.generation import generate
+    from looplm.loop import LoopedModel, LoopState, unroll
+    from looplm.metrics import DepthExactMatch, DepthTokenAccuracy
+    from looplm.model import LoopedTransformer
+    from looplm.module import LoopLM
+    from looplm.objective import STARSObjective
+    from looplm.stability.penalty import JacobianPenalty, LastStepPenalty
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'looplm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

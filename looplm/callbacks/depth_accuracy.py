@@ -1,0 +1,192 @@
+"""Log accuracy by depth, in any Lightning project.
+
+Reads what ``validation_step`` and ``test_step`` return and never calls the model; knows no module and no config.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_only
+
+from looplm.figures import depth_curves
+from looplm.metrics import DepthExactMatch, DepthTokenAccuracy, depth_summary
+
+__all__ = ["DepthAccuracyCurve"]
+
+ExtractFn: TypeAlias = Callable[[Any, Any], Mapping[str, Any]]
+_REQUIRED = ("depths", "depth_preds", "labels")
+
+
+class _Split:
+    """The metrics of one evaluation set."""
+
+    def __init__(self, name: str, depths: list[int], mean_depth: float | None, device: Any) -> None:
+        self.name, self.depths, self.mean_depth = name, depths, mean_depth
+        self.exact_match = DepthExactMatch(len(depths)).to(device)
+        self.token_accuracy = DepthTokenAccuracy(len(depths)).to(device)
+
+    def key(self, stage: str, metric: str) -> str:
+        return "/".join(part for part in (stage, self.name, metric) if part)
+
+
+class DepthAccuracyCurve(L.Callback):
+    """Exact match and token accuracy at every evaluated depth.
+
+    ``validation_step`` and ``test_step`` return a dict (or ``extract_fn`` makes one of what they return):
+
+    - ``depths``: K increasing depths (loops), int ``(K,)``, the same in all batches;
+    - ``depth_preds``: predicted ids, int64 ``(K, B, …)``: ``depth_preds[k, b, i]`` answers ``labels[b, i]``;
+    - ``labels``: int64 ``(B, …)``, −100 = ignored;
+    - optionally ``index`` ``(B,)`` (sample numbers: a sample that the distributed sampler repeats counts once),
+      ``split`` (name of the evaluation set), ``mean_depth`` (mean trained depth, loops).
+
+    It logs ``{stage}/exact_match/depth_00008`` and ``{stage}/token_accuracy/depth_00008`` for every depth, and a
+    summary (see :func:`~looplm.metrics.depth_summary`), to every logger; gives the figure to every logger that takes
+    one; and writes ``{stage}_curve.csv``, ``{stage}_summary.json`` and ``{stage}_curve.png`` into the log directory.
+
+    Args:
+        extract_fn: ``extract_fn(outputs, batch)`` returns the dict above.
+        mean_depth: Mean trained depth (loops); None: what the outputs say, if they do.
+
+    Example:
+        >>> trainer = L.Trainer(callbacks=[DepthAccuracyCurve()], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(self, extract_fn: ExtractFn | None = None, mean_depth: float | None = None) -> None:
+        self.extract_fn = extract_fn
+        self.mean_depth = mean_depth
+        self._splits: dict[int, _Split] = {}
+
+    def _update(self, pl_module: L.LightningModule, outputs: Any, batch: Any, dataloader_idx: int) -> None:
+        found = outputs if self.extract_fn is None else self.extract_fn(outputs, batch)
+        missing = [key for key in _REQUIRED if not isinstance(found, Mapping) or key not in found]
+        if missing:
+            has = sorted(found) if isinstance(found, Mapping) else type(found).__name__
+            raise KeyError(
+                f"DepthAccuracyCurve needs {list(_REQUIRED)} from validation_step/test_step, {missing} are missing, "
+                f"got {has}. Return a dict with these keys, or pass `extract_fn` to make one."
+            )
+        depths = [int(depth) for depth in found["depths"]]
+        split = self._splits.get(dataloader_idx)
+        if split is None:
+            mean = self.mean_depth if self.mean_depth is not None else found.get("mean_depth")
+            mean = None if mean is None else float(mean)
+            split = self._splits[dataloader_idx] = _Split(found.get("split", ""), depths, mean, pl_module.device)
+        if split.depths != depths:
+            raise ValueError(f"`depths` must be the same in all batches, got {depths} after {split.depths}.")
+        preds, labels, indices = found["depth_preds"], found["labels"], found.get("index")
+        split.exact_match.update(preds, labels, indices)
+        split.token_accuracy.update(preds, labels, indices)
+
+    def _finish(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        log_dir = trainer.log_dir  # a broadcast: on all ranks
+        rows: list[dict[str, Any]] = []
+        summaries: dict[str, dict[str, Any]] = {}
+        curves: dict[str, tuple[Sequence[int], Sequence[float]]] = {}
+        means: dict[str, float] = {}
+        for split in self._splits.values():
+            values = {
+                name: [float(value) for value in metric.compute()]
+                for name, metric in (("exact_match", split.exact_match), ("token_accuracy", split.token_accuracy))
+            }
+            with split.exact_match.sync_context(should_sync=trainer.world_size > 1):
+                num_samples = split.exact_match.num_samples
+            summary = depth_summary(split.depths, values["exact_match"], split.mean_depth)
+            logged = {
+                f"{split.key(stage, name)}/depth_{depth:05d}": value
+                for name, column in values.items()
+                for depth, value in zip(split.depths, column, strict=True)
+            }
+            logged |= {f"{split.key(stage, 'exact_match')}/{name}": value for name, value in summary.items()}
+            pl_module.log_dict(logged, rank_zero_only=False, sync_dist=trainer.world_size > 1)
+            title = split.name or stage
+            curves[title] = (split.depths, values["exact_match"])
+            summaries[title] = {**summary, "num_samples": num_samples}
+            if split.mean_depth is not None:
+                means[title] = summaries[title]["mean_depth"] = split.mean_depth
+            for row in zip(split.depths, values["exact_match"], values["token_accuracy"], strict=True):
+                rows.append({"split": title, **dict(zip(("depth", "exact_match", "token_accuracy"), row, strict=True))})
+        if rows:
+            self._write(trainer, stage, log_dir, rows, summaries, (curves, means))
+        self._splits = {}
+
+    @rank_zero_only
+    def _write(
+        self, trainer: L.Trainer, stage: str, log_dir: str | None, rows: Any, summaries: Any, drawn: Any
+    ) -> None:
+        curves, means = drawn
+        figure = depth_curves(curves, mean_depths=means)
+        step = trainer.global_step
+        for logger in trainer.loggers:
+            experiment: Any = getattr(logger, "experiment", None)
+            if hasattr(experiment, "add_figure"):
+                experiment.add_figure(f"{stage}/exact_match_by_depth", figure, global_step=step, close=False)
+            elif hasattr(logger, "log_image"):
+                logger.log_image(f"{stage}/exact_match_by_depth", [figure], step=step)
+        folder = Path(log_dir or trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=150)
+        _replace_file(folder / f"{stage}_curve.csv", text.getvalue().encode())
+        _replace_file(folder / f"{stage}_summary.json", json.dumps(summaries, indent=2).encode())
+        _replace_file(folder / f"{stage}_curve.png", picture.getvalue())
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start anew."""
+        self._splits = {}
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Count a batch."""
+        if not trainer.sanity_checking:
+            self._update(pl_module, outputs, batch, dataloader_idx)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log and write the curve."""
+        self._finish(trainer, pl_module, "val")
+
+    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start anew."""
+        self._splits = {}
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Count a batch."""
+        self._update(pl_module, outputs, batch, dataloader_idx)
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log and write the curve."""
+        self._finish(trainer, pl_module, "test")
+
+
+def _replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old one or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)

@@ -1,0 +1,196 @@
+"""``fit``, ``validate``, ``test`` and ``predict``: LightningCLI on our module and data, with errors in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+
+# The classes are imported so that configs can name them without their path.
+from looplm.callbacks.depth_accuracy import DepthAccuracyCurve
+from looplm.corpora.arithmetic import ArithmeticDataModule
+from looplm.errors import InputError
+from looplm.module import LoopLM
+
+__all__ = ["LoopLMCLI", "run"]
+
+
+_IRRELEVANT_WARNINGS = (
+    ".*does not have many workers.*",  # batches are made in less time than a worker takes to send one
+    ".*LightningCLI's args parameter.*",  # we pass the process's own arguments
+    ".*LeafSpec.* is deprecated.*",  # Lightning's own use of torch
+)
+
+
+class _Parser(LightningArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise InputError(message) from ex
+
+
+def _integer_seed(seed: Any) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"`seed_everything` must be an integer >= 0, got {seed!r}.")
+    return seed
+
+
+class LoopLMCLI(LightningCLI):
+    """LightningCLI with a run directory, a checkpoint rule and a curve that every run has.
+
+    ``trainer.default_root_dir`` is the run's directory: config, logs, curves and checkpoints stand there.
+    """
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the checkpoint and the curve; let data and seed decide what follows from them."""
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(DepthAccuracyCurve, "curve")
+        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.every_n_train_steps": 200})
+        parser.link_arguments("data.vocab_size", "model.config.vocab_size", apply_on="instantiate")
+        parser.link_arguments("data.max_positions", "model.config.max_positions", apply_on="instantiate")
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=_integer_seed)
+        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_integer_seed)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return Lightning's subcommands and the arguments that are not the user's to set."""
+        return {name: {*skipped, "weights_only", "verbose"} for name, skipped in LightningCLI.subcommands().items()}
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning lets the hyper-parameters in a checkpoint override the config silently; here they are compared
+        # (LoopLM.on_load_checkpoint) and a difference is an error.
+        pass
+
+    @property
+    def _run_config(self) -> Any:
+        return self.config[self.subcommand]
+
+    def before_instantiate_classes(self) -> None:
+        """Check, before anything is built, that the run can write and that its checkpoint can be read."""
+        config = self._run_config
+        root = Path(config.trainer.default_root_dir or "runs/default")
+        config.trainer.default_root_dir = str(root)
+        if self.subcommand == "fit":
+            _check_writable(root)
+        else:
+            self.save_config_callback = None
+        path = config.ckpt_path
+        if (path is None and self.subcommand != "fit") or path == "last":
+            path = root / "checkpoints" / "last.ckpt"
+            if self.subcommand == "fit" and not path.exists():
+                path = None
+        if path is not None:
+            _check_checkpoint(Path(path))
+        config.ckpt_path = None if path is None else str(path)
+        if self.subcommand == "predict":
+            config.trainer.enable_progress_bar = False
+            config.trainer.logger = False
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Build the trainer, with a TensorBoard logger in the run's directory unless the config names another."""
+        if self._run_config.trainer.logger in (None, True):
+            kwargs["logger"] = TensorBoardLogger(self._run_config.trainer.default_root_dir, name="", version="")
+        trainer: Any = super().instantiate_trainer(**kwargs)
+        if trainer.progress_bar_callback is not None and not sys.stdout.isatty():
+            # A file has no lines to redraw: fewer updates keep a log readable.
+            trainer.callbacks.remove(trainer.progress_bar_callback)
+            trainer.callbacks.append(TQDMProgressBar(refresh_rate=50))
+        return trainer
+
+    def instantiate_classes(self) -> None:
+        """Build data, model and trainer; what a constructor refuses is the user's to mend."""
+        try:
+            super().instantiate_classes()
+        except InputError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise InputError(str(error)) from error
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
+        # Lightning's own table has a row for every depth and metric; the curve's files say it better.
+        return {**kwargs, "verbose": False} if subcommand in ("validate", "test") else kwargs
+
+    def predict(self, **kwargs: Any) -> None:
+        """Print one line a problem: the problem and the model's answer."""
+        predictions: Any = self.trainer.predict(**kwargs) or []
+        if not isinstance(self.datamodule, ArithmeticDataModule):
+            raise InputError(f"`predict` needs an ArithmeticDataModule, got {type(self.datamodule).__name__}.")
+        answers = [answer for batch in predictions for answer in self.datamodule.answers(batch)]
+        for (a, op, b), answer in zip(self.datamodule.predict_problems, answers, strict=True):
+            os.write(1, f"{a}{op}{b}={answer}\n".encode())
+
+    def after_fit(self) -> None:
+        """Say where everything is and what to do next."""
+        root = self._run_config.trainer.default_root_dir
+        rank_zero_info(
+            f"run directory: {root} (config.yaml, checkpoints/, val_curve.csv, val_curve.png)\n"
+            f"next: python -m looplm test --config {root}/config.yaml"
+        )
+
+    def after_test(self) -> None:
+        """Say what the curve's peak is and where the curve is."""
+        root = Path(self._run_config.trainer.default_root_dir)
+        for split, summary in json.loads((root / "test_summary.json").read_text(encoding="utf-8")).items():
+            values = ", ".join(f"{name} {value:.4g}" for name, value in summary.items())
+            rank_zero_info(f"exact match on {split}: {values}")
+        rank_zero_info(f"curve: {root}/test_curve.csv, {root}/test_curve.png")
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"`trainer.default_root_dir` must be a folder that can be written, got {str(folder)!r}: {error.strerror}."
+        ) from None
+
+
+def _check_checkpoint(path: Path) -> None:
+    if not path.is_file():
+        raise InputError(f"`ckpt_path` must be a checkpoint file, got {str(path)!r}, which does not exist.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        complete = {"state_dict", "hyper_parameters"} <= set(content)
+    except Exception as error:
+        raise InputError(
+            f"`ckpt_path` {str(path)!r} cannot be read: damaged, or no checkpoint ({type(error).__name__})."
+        ) from None
+    if not complete:
+        raise InputError(f"`ckpt_path` {str(path)!r} is no looplm checkpoint: it lacks state_dict or hyper_parameters.")
+
+
+def run(argv: Sequence[str]) -> LoopLMCLI:
+    """Run one of Lightning's subcommands.
+
+    Args:
+        argv: The subcommand and its options.
+
+    Raises:
+        InputError: If config, data or checkpoint are wrong.
+    """
+    for message in _IRRELEVANT_WARNINGS:
+        warnings.filterwarnings("ignore", message)
+    return LoopLMCLI(
+        LoopLM,
+        L.LightningDataModule,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        save_config_kwargs={"overwrite": True},
+        parser_class=_Parser,
+        parser_kwargs={"allow_abbrev": False},
+        args=list(argv),
+    )

@@ -1,0 +1,139 @@
+"""The contract that everything in looplm is written against: embed, step, decode.
+
+Knows nothing of transformers, text or training: any module with these three methods is a looped model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+__all__ = ["Hidden", "LoopState", "LoopedModel", "check_depths", "unroll", "unroll_at"]
+
+Hidden: TypeAlias = Tensor | dict[str, Tensor]
+"""A latent state: one tensor ``(B, …)`` or a dict of them."""
+
+
+@dataclass(frozen=True)
+class LoopState:
+    """A latent state and what a step needs beside it.
+
+    Attributes:
+        hidden: The latent state, ``(B, …)``, usually ``(B, T, D)``, or a dict of such tensors.
+        context: What every step reads and none changes (injected embedding, positions, masks). Each tensor in it
+            has a leading dimension of B (one row a sample) or 1 (shared by all samples). The entry
+            ``attention_mask`` ``(B, T)``, where there is one, tells real positions (non-zero) from padding.
+        depth: How many steps have been applied.
+
+    Example:
+        >>> state = LoopState(torch.zeros(2, 3, 4))
+        >>> state.advance(torch.ones(2, 3, 4)).depth
+        1
+    """
+
+    hidden: Hidden
+    context: Mapping[str, Any] = field(default_factory=dict)
+    depth: int = 0
+
+    def advance(self, hidden: Hidden) -> LoopState:
+        """Return the state one step later, with the same context."""
+        return replace(self, hidden=hidden, depth=self.depth + 1)
+
+    def detach(self) -> LoopState:
+        """Return the same state without its gradient history (the context keeps its own)."""
+        return replace(self, hidden=pytree.tree_map(lambda x: x.detach(), self.hidden))
+
+    def select(self, indices: Tensor) -> LoopState:
+        """Return the samples ``indices`` ``(n,)`` of this batch; shared context (leading dimension 1) stays."""
+
+        def rows(x: Any) -> Any:
+            return x[indices] if isinstance(x, Tensor) and x.shape[0] > 1 else x
+
+        return replace(
+            self,
+            hidden=pytree.tree_map(lambda x: x[indices], self.hidden),
+            context=pytree.tree_map(rows, dict(self.context)),
+        )
+
+
+@runtime_checkable
+class LoopedModel(Protocol):
+    """Three functions that make a looped model: ``h₀ = embed(inputs)``, ``h_{t+1} = step(h_t)``, ``decode(h_t)``."""
+
+    def embed(
+        self, inputs: Any, attention_mask: Tensor | None = None, initial_hidden: Hidden | None = None
+    ) -> LoopState:
+        """Prelude: return h₀ (or ``initial_hidden`` in its place) and the context of every step."""
+        ...
+
+    def step(self, state: LoopState) -> LoopState:
+        """Apply Φ once: the same weights at every depth, pure in its input, ``depth + 1``."""
+        ...
+
+    def decode(self, state: LoopState) -> Tensor:
+        """Coda, final norm and head: return ``(B, …, V)``."""
+        ...
+
+
+def check_depths(name: str, depths: Sequence[int]) -> list[int]:
+    """Return ``depths`` as a list.
+
+    Raises:
+        ValueError: If they are none, negative or not strictly increasing; the message calls them ``name``.
+    """
+    if not depths or depths[0] < 0 or any(a >= b for a, b in pairwise(depths)):
+        raise ValueError(f"`{name}` must be non-negative and strictly increasing, got {list(depths)}.")
+    return list(depths)
+
+
+def unroll(
+    model: LoopedModel, state: LoopState, num_loops: int, backprop_loops: int | None = None
+) -> Iterator[LoopState]:
+    """Yield ``num_loops + 1`` states; the first is h₀, so the index of a state is its depth.
+
+    Args:
+        model: Any looped model.
+        state: Where to start.
+        num_loops: How many steps to apply, at least 0.
+        backprop_loops: Record gradients for the last that many steps only (truncated backpropagation); None: for all.
+
+    Yields:
+        ``state`` itself, then the state after every step.
+
+    Raises:
+        ValueError: If ``num_loops`` is negative.
+    """
+    if num_loops < 0:
+        raise ValueError(f"`num_loops` must be >= 0, got {num_loops}.")
+    frozen_loops = 0 if backprop_loops is None else max(num_loops - backprop_loops, 0)
+    yield state
+    for index in range(num_loops):
+        with torch.no_grad() if index < frozen_loops else contextlib.nullcontext():
+            state = model.step(state)
+        yield state
+
+
+def unroll_at(model: LoopedModel, state: LoopState, depths: Sequence[int]) -> Iterator[tuple[int, LoopState]]:
+    """Yield ``(depth, state)`` at each of ``depths``, in one pass of ``max(depths)`` steps.
+
+    Args:
+        model: Any looped model.
+        state: A state at depth 0.
+        depths: Strictly increasing depths, the first at least 0.
+
+    Raises:
+        ValueError: If ``depths`` is empty, negative or not strictly increasing.
+    """
+    wanted = iter(check_depths("depths", depths))
+    target = next(wanted)
+    for depth, current in enumerate(unroll(model, state, depths[-1])):
+        if depth == target:
+            yield depth, current
+            target = next(wanted, -1)

@@ -1,0 +1,156 @@
+"""Accuracy as a function of depth. Knows predictions and labels, not models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+__all__ = ["DepthExactMatch", "DepthTokenAccuracy", "depth_summary"]
+
+
+def _check_shapes(depth_preds: Tensor, labels: Tensor, num_depths: int) -> None:
+    if depth_preds.shape != (num_depths, *labels.shape):
+        raise ValueError(
+            f"`depth_preds` must be (K, B, …) = {(num_depths, *labels.shape)}, the labels' shape at each of "
+            f"{num_depths} depths, but got {tuple(depth_preds.shape)}."
+        )
+
+
+def _exact_match_update(depth_preds: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return whether all labelled tokens are right ``(B, K)`` and whether there are any ``(B,)``, as int64."""
+    labelled = (labels != -100).flatten(1)
+    right = ((depth_preds == labels).flatten(2) | ~labelled).all(-1).T
+    exists = labelled.any(-1)
+    return (right & exists[:, None]).long(), exists.long()
+
+
+def _token_accuracy_update(depth_preds: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the number of right labelled tokens ``(B, K)`` and of labelled tokens ``(B,)``."""
+    labelled = (labels != -100).flatten(1)
+    right = ((depth_preds == labels).flatten(2) & labelled).sum(-1).T
+    return right, labelled.sum(-1)
+
+
+class _DepthMetric(Metric):
+    """Keeps per-sample counts, so that samples a distributed sampler repeats count once."""
+
+    full_state_update = False
+    higher_is_better = True
+    is_differentiable = False
+    right: list[Tensor]
+    count: list[Tensor]
+    indices: list[Tensor]
+
+    def __init__(self, num_depths: int) -> None:
+        super().__init__()
+        if num_depths < 1:
+            raise ValueError(f"`num_depths` must be >= 1, got {num_depths}.")
+        self.num_depths = num_depths
+        for name in ("right", "count", "indices"):
+            self.add_state(name, default=[], dist_reduce_fx="cat")
+
+    def _update(self, counts: tuple[Tensor, Tensor], indices: Tensor | None) -> None:
+        right, count = counts
+        self.right.append(right)
+        self.count.append(count)
+        self.indices.append(torch.full_like(count, -1) if indices is None else indices.to(count))
+
+    def _kept(self) -> tuple[Tensor, Tensor]:
+        """Return the counts of all samples, each index once; samples without one (−1) all count."""
+        if not len(self.indices):
+            nothing = torch.zeros(0, dtype=torch.long, device=self.device)
+            return nothing.reshape(0, self.num_depths), nothing
+        right, count, indices = (dim_zero_cat(x) for x in (self.right, self.count, self.indices))
+        order = indices.argsort(stable=True)
+        ordered = indices[order]
+        first = torch.ones_like(ordered, dtype=torch.bool)
+        first[1:] = (ordered[1:] != ordered[:-1]) | (ordered[1:] < 0)
+        return right[order][first], count[order][first]
+
+    def compute(self) -> Tensor:
+        """Return the share of right answers at each depth, float32 ``(K,)``; NaN where nothing was labelled."""
+        right, count = self._kept()
+        return right.sum(0).double().div(count.sum()).float()
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples counted so far on this process (on all of them while synchronised)."""
+        return int((self._kept()[1] > 0).sum())
+
+
+class DepthExactMatch(_DepthMetric):
+    """Share of samples whose labelled tokens are all right, at each of K depths.
+
+    As input to ``update``:
+
+    - ``depth_preds``: predicted ids, int64 ``(K, B, …)``; ``depth_preds[k, b, i]`` answers ``labels[b, i]``.
+    - ``labels``: int64 ``(B, …)``; −100 is ignored.
+    - ``indices``: sample numbers, int64 ``(B,)``, or None; a number seen again is not counted again.
+
+    As output of ``compute``: float32 ``(K,)``. For a unique answer this equals exact match of greedy decoding: if every
+    next token is right given the true prefix, greedy decoding never leaves it, and conversely.
+
+    Args:
+        num_depths: K.
+
+    Example:
+        >>> metric = DepthExactMatch(num_depths=2)
+        >>> labels = torch.tensor([[-100, 3, 4], [-100, 5, 6]])
+        >>> metric.update(torch.stack([labels, torch.tensor([[0, 3, 4], [0, 5, 0]])]), labels)
+        >>> metric.compute()
+        tensor([1.0000, 0.5000])
+    """
+
+    def update(self, depth_preds: Tensor, labels: Tensor, indices: Tensor | None = None) -> None:
+        """Count a batch; for the arguments see the class."""
+        _check_shapes(depth_preds, labels, self.num_depths)
+        self._update(_exact_match_update(depth_preds, labels), indices)
+
+
+class DepthTokenAccuracy(_DepthMetric):
+    """Share of labelled tokens that are right, at each of K depths, teacher-forced.
+
+    Arguments, input and output as in :class:`DepthExactMatch`.
+
+    Example:
+        >>> metric = DepthTokenAccuracy(num_depths=1)
+        >>> metric.update(torch.tensor([[[1, 2, 0]]]), torch.tensor([[-100, 2, 4]]))
+        >>> metric.compute()
+        tensor([0.5000])
+    """
+
+    def update(self, depth_preds: Tensor, labels: Tensor, indices: Tensor | None = None) -> None:
+        """Count a batch; for the arguments see the class."""
+        _check_shapes(depth_preds, labels, self.num_depths)
+        self._update(_token_accuracy_update(depth_preds, labels), indices)
+
+
+def depth_summary(
+    depths: Sequence[int], accuracy: Sequence[float], mean_depth: float | None = None
+) -> dict[str, float]:
+    """Summarise a curve: its peak, and how much of it is left at multiples of the mean trained depth.
+
+    Args:
+        depths: K increasing depths.
+        accuracy: The accuracy at each.
+        mean_depth: Mean trained depth (loops); None: no multiples.
+
+    Returns:
+        ``peak``, ``peak_depth`` (the smallest that reaches it), and for m in 2, 4, 8, 16, if the curve goes that far,
+        ``at_{m:02d}x``: accuracy as a fraction of the peak at the first evaluated depth ≥ m × mean depth.
+
+    Example:
+        >>> depth_summary([0, 4, 8], [0.0, 1.0, 0.5], mean_depth=4.0)
+        {'peak': 1.0, 'peak_depth': 4.0, 'at_02x': 0.5}
+    """
+    peak = max(accuracy)
+    summary = {"peak": float(peak), "peak_depth": float(depths[list(accuracy).index(peak)])}
+    for multiple in (2, 4, 8, 16) if mean_depth else ():
+        beyond = [value for depth, value in zip(depths, accuracy, strict=True) if depth >= multiple * (mean_depth or 0)]
+        if beyond and peak > 0:
+            summary[f"at_{multiple:02d}x"] = float(beyond[0] / peak)
+    return summary

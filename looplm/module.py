@@ -1,0 +1,203 @@
+"""The LightningModule that trains a looped transformer. Knows Lightning; the science is in the objective."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from looplm.config import LoopedConfig
+from looplm.depth import LogNormalDepth
+from looplm.errors import InputError
+from looplm.generation import generate, predictions_at_depths
+from looplm.loop import Hidden, LoopState, check_depths
+from looplm.model import LoopedTransformer
+from looplm.objective import STARSObjective
+from looplm.randomness import StepKey
+
+__all__ = ["LRSchedule", "LoopLM"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LRSchedule:
+    """Linear warm-up, then cosine decay until the last optimiser step.
+
+    ``factor(s) = (s + 1) / warmup_steps`` before ``warmup_steps``, then
+    ``min_ratio + (1 − min_ratio)·(1 + cos(π·(s − warmup_steps) / (max_steps − warmup_steps))) / 2``.
+    """
+
+    warmup_steps: int = 0
+    """Optimiser steps until the full learning rate."""
+    min_ratio: float = 0.0
+    """Learning rate at the end, as a share of the full one."""
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0:
+            raise ValueError(f"`warmup_steps` must be >= 0, got {self.warmup_steps}.")
+        if not 0 <= self.min_ratio <= 1:
+            raise ValueError(f"`min_ratio` must be in [0, 1], got {self.min_ratio}.")
+
+    def factor(self, step: int, max_steps: int) -> float:
+        """Return the share of the full learning rate at an optimiser step."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        progress = min((step - self.warmup_steps) / max(max_steps - self.warmup_steps, 1), 1.0)
+        return self.min_ratio + (1 - self.min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class LoopLM(L.LightningModule):
+    """Trains, evaluates and queries a :class:`~looplm.model.LoopedTransformer`.
+
+    Itself a :class:`~looplm.loop.LoopedModel`. Batches are dicts as made by
+    :class:`~looplm.corpora.arithmetic.ArithmeticDataModule`. ``validation_step`` and ``test_step`` return what
+    :class:`~looplm.callbacks.depth_accuracy.DepthAccuracyCurve` reads.
+
+    Args:
+        config: The architecture, or its fields as a dict. Only this goes into checkpoints as hyper-parameters.
+        objective: The loss.
+        optimizer: Makes an optimiser of the parameters.
+        lr_schedule: Learning rate by optimiser step.
+        val_depths: Depths of the curve during training.
+        test_depths: Depths of the curve in ``test``.
+        predict_depth: Depth at which ``predict`` answers.
+        max_new_tokens: Longest answer in ``predict``.
+        seed: Seed of every draw of a training step.
+
+    Raises:
+        ValueError: If a list of depths is not increasing, or a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        config: LoopedConfig,
+        objective: STARSObjective = STARSObjective(depth_sampler=LogNormalDepth()),  # noqa: B008 - immutable
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3),
+        lr_schedule: LRSchedule = LRSchedule(),
+        val_depths: list[int] = [1, 2, 4, 8, 16, 32, 64],  # noqa: B006 - read only
+        test_depths: list[int] = [0, 1, 2, 4, 8, 16, 32, 64, 100],  # noqa: B006 - read only
+        predict_depth: int = 8,
+        max_new_tokens: int = 32,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if predict_depth < 0 or max_new_tokens < 1:
+            raise ValueError(
+                f"`predict_depth` must be >= 0 and `max_new_tokens` >= 1, got {predict_depth} and {max_new_tokens}."
+            )
+        config = LoopedConfig.from_dict(config) if isinstance(config, Mapping) else config
+        self.save_hyperparameters({"config": config.to_dict()})
+        # The initial weights depend on the seed alone, not on what drew from the global state before.
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.model = LoopedTransformer(config)
+        self.objective = objective
+        self.optimizer = optimizer
+        self.lr_schedule = lr_schedule
+        self.val_depths = check_depths("val_depths", val_depths)
+        self.test_depths = check_depths("test_depths", test_depths)
+        self.predict_depth = predict_depth
+        self.max_new_tokens = max_new_tokens
+        self.seed = seed
+
+    def embed(
+        self, inputs: Tensor, attention_mask: Tensor | None = None, initial_hidden: Hidden | None = None
+    ) -> LoopState:
+        """See :meth:`~looplm.model.LoopedTransformer.embed`."""
+        return self.model.embed(inputs, attention_mask, initial_hidden)
+
+    def step(self, state: LoopState) -> LoopState:
+        """See :meth:`~looplm.model.LoopedTransformer.step`."""
+        return self.model.step(state)
+
+    def decode(self, state: LoopState) -> Tensor:
+        """See :meth:`~looplm.model.LoopedTransformer.decode`."""
+        return self.model.decode(state)
+
+    def _step_key(self) -> StepKey:
+        return StepKey(
+            seed=self.seed,
+            micro_batch=self.trainer.fit_loop.epoch_loop.total_batch_idx,
+            optimizer_step=self.trainer.global_step,
+            rank=self.trainer.global_rank,
+        )
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Return the loss of one micro-batch; logs loss, cross-entropy, penalty, depth and exact match."""
+        key = self._step_key()
+        # Dropout reads the global state; seeding it from the key makes resumed runs exact.
+        torch.manual_seed(key.fold("dropout"))
+        out = self.objective(self.model, batch, key)
+        right = (out.logits.argmax(-1) == batch["labels"]) | (batch["labels"] == -100)
+        shown: dict[str, Any] = {"loss": out.loss.detach(), "exact_match": right.all(-1).float().mean()}
+        if out.penalty is not None:
+            shown["penalty"] = out.penalty
+        shown["depth"] = float(out.depth)
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        quiet = {"cross_entropy": out.cross_entropy, "penalty_weight": out.penalty_weight, "learning_rate": rate}
+        self.log_dict(shown, prog_bar=True, logger=False)  # short names fit into a line of a terminal
+        self.log_dict({f"train/{name}": value for name, value in {**shown, **quiet}.items()})
+        return out.loss
+
+    def _evaluate(self, batch: dict[str, Any], depths: list[int]) -> dict[str, Any]:
+        preds = predictions_at_depths(self.model, batch["input_ids"], depths, batch.get("attention_mask"))
+        outputs = {
+            "depths": torch.tensor(depths),
+            "depth_preds": preds,
+            "labels": batch["labels"],
+            "mean_depth": self.objective.depth_sampler.mean,
+        }
+        return outputs | {name: batch[name] for name in ("index", "split") if name in batch}
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Return the predictions at ``val_depths``."""
+        return self._evaluate(batch, self.val_depths)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Return the predictions at ``test_depths``."""
+        return self._evaluate(batch, self.test_depths)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Return greedy continuations at ``predict_depth``, int64 ``(B, N)``."""
+        room = self.model.config.max_positions - batch["input_ids"].shape[1]
+        return generate(
+            self.model,
+            batch["input_ids"],
+            num_loops=self.predict_depth,
+            max_new_tokens=min(self.max_new_tokens, max(room, 1)),
+            end_id=batch["end_id"],
+            attention_mask=batch["attention_mask"],
+        )
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Build the optimiser and its schedule over ``max_steps``."""
+        optimizer = self.optimizer(self.parameters())
+        max_steps = int(self.trainer.estimated_stepping_batches)
+
+        def factor(step: int) -> float:
+            return self.lr_schedule.factor(step, max_steps)
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another architecture.
+
+        Raises:
+            InputError: Names the fields that differ.
+        """
+        saved = dict(checkpoint.get("hyper_parameters", {}).get("config", {}))
+        here = self.model.config.to_dict()
+        differing = [
+            f"`{name}` {saved.get(name)!r} there, {here.get(name)!r} here"
+            for name in sorted(saved.keys() | here.keys())
+            if saved.get(name) != here.get(name)
+        ]
+        if differing:
+            raise InputError(f"the checkpoint is of another architecture: {'; '.join(differing)}.")

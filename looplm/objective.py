@@ -1,0 +1,169 @@
+"""The training loss: cross-entropy at a random depth and a stability term (paper, eq. 9).
+
+Knows the contract of looped models, not the transformer, and nothing of Lightning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from looplm.depth import DepthSampler
+from looplm.loop import LoopedModel, LoopState, unroll
+from looplm.randomness import StepKey
+from looplm.stability.penalty import Penalty
+
+__all__ = ["ObjectiveOutput", "STARSObjective"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveOutput:
+    """What one training step computed; tensors are scalars unless a shape is given."""
+
+    loss: Tensor
+    """``(1 − λ)·cross_entropy + λ·penalty``."""
+    cross_entropy: Tensor
+    """Mean over the labelled tokens, in nats."""
+    penalty: Tensor | None
+    """The stability term, or None where λ is 0."""
+    penalty_weight: float
+    """λ in force."""
+    depth: int
+    """Number of loops that were run."""
+    logits: Tensor
+    """At ``depth``, detached, ``(B, T, V)``."""
+
+
+@contextlib.contextmanager
+def _deterministic(model: LoopedModel) -> Iterator[None]:
+    """Switch dropout off for the duration."""
+    active = [m for m in model.modules() if m.training] if isinstance(model, nn.Module) else []
+    try:
+        for module in active:
+            module.training = False
+        yield
+    finally:
+        for module in active:
+            module.training = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class STARSObjective:
+    """``L = (1 − λ)·L_CE(t) + λ·L_penalty(t)``, t drawn once a step.
+
+    λ is 0 before ``penalty_start_step`` and then rises linearly over ``penalty_ramp_steps`` to ``penalty_weight``:
+    ``λ(s) = penalty_weight · clip((s − start) / ramp, 0, 1)``, with s in optimiser steps.
+
+    Raises:
+        ValueError: If a value is outside its range, or has no effect because there is no penalty.
+
+    Example:
+        >>> objective = STARSObjective(depth_sampler=FixedDepth(4), penalty=JacobianPenalty(), penalty_weight=0.1,
+        ...                            penalty_start_step=100, penalty_ramp_steps=100)
+        >>> [objective.weight_at(step) for step in (99, 150, 300)]
+        [0.0, 0.05, 0.1]
+    """
+
+    depth_sampler: DepthSampler
+    """The distribution of t."""
+    penalty: Penalty | None = None
+    """The stability term; None: cross-entropy alone."""
+    penalty_weight: float = 0.0
+    """The final λ, in [0, 1]; the paper uses 0.1."""
+    penalty_start_step: int = 0
+    """Optimiser step at which λ leaves 0."""
+    penalty_ramp_steps: int = 0
+    """Length of the ramp, in optimiser steps; 0: λ jumps."""
+    backprop_loops: int | None = None
+    """Backpropagate through the last that many loops only; None: through all."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.penalty_weight <= 1:
+            raise ValueError(f"`penalty_weight` (λ) must be in [0, 1], got {self.penalty_weight}.")
+        if (self.penalty is None) != (self.penalty_weight == 0):
+            term = None if self.penalty is None else type(self.penalty).__name__
+            raise ValueError(
+                f"`penalty` and `penalty_weight` go together, got {term} with `penalty_weight` {self.penalty_weight}."
+            )
+        for name in ("penalty_start_step", "penalty_ramp_steps"):
+            value = getattr(self, name)
+            if value < 0:
+                raise ValueError(f"`{name}` must be >= 0, got {value}.")
+            if value and self.penalty is None:
+                raise ValueError(f"`{name}` has no effect without a `penalty`, got {value}.")
+        if self.backprop_loops is not None and self.backprop_loops < 1:
+            raise ValueError(f"`backprop_loops` must be >= 1, got {self.backprop_loops}.")
+
+    def weight_at(self, optimizer_step: int) -> float:
+        """Return λ at an optimiser step."""
+        since = optimizer_step - self.penalty_start_step
+        if since < 0:
+            return 0.0
+        ramp = min(since / self.penalty_ramp_steps, 1.0) if self.penalty_ramp_steps else 1.0
+        return self.penalty_weight * ramp
+
+    def __call__(self, model: LoopedModel, batch: Mapping[str, Any], key: StepKey) -> ObjectiveOutput:
+        """Run the loops and the penalty on one micro-batch.
+
+        Args:
+            model: Any looped model.
+            batch: ``input_ids`` (what ``embed`` takes), ``labels`` ``(B, …)`` aligned with the logits, −100 = ignored,
+                and optionally ``attention_mask`` ``(B, T)``.
+            key: Names the micro-batch; all randomness derives from it.
+        """
+        depth = self.depth_sampler.sample(key)
+        state = model.embed(batch["input_ids"], batch.get("attention_mask"))
+        previous = state
+        for index, following in enumerate(unroll(model, state, depth, self.backprop_loops)):
+            previous, state = (following if index == 0 else state), following
+        logits = model.decode(state)
+        cross_entropy = F.cross_entropy(logits.flatten(0, -2).float(), batch["labels"].flatten(), ignore_index=-100)
+        weight = self.weight_at(key.optimizer_step)
+        penalty = None
+        loss = cross_entropy
+        if self.penalty is not None and weight > 0:
+            penalty = self._penalty(self.penalty, model, state, previous, key)
+            loss = (1 - weight) * cross_entropy + weight * penalty
+        return ObjectiveOutput(
+            loss=loss,
+            cross_entropy=cross_entropy.detach(),
+            penalty=None if penalty is None else penalty.detach(),
+            penalty_weight=weight,
+            depth=depth,
+            logits=logits.detach(),
+        )
+
+    @staticmethod
+    def _penalty(term: Penalty, model: LoopedModel, state: LoopState, previous: LoopState, key: StepKey) -> Tensor:
+        mask = state.context.get("attention_mask")
+        batch_size = _batch_size(state)
+        size = max(1, round(term.fraction * batch_size))
+        if size < batch_size:
+            rows = key.subset("penalty_rows", batch_size, size).to(_device(state))
+            state, previous = state.select(rows), previous.select(rows)
+            mask = None if mask is None else mask[rows]
+
+        def step_fn(hidden: Any) -> Any:
+            return model.step(LoopState(hidden, state.context, state.depth)).hidden
+
+        with _deterministic(model):
+            return term(step_fn, state.hidden, previous.hidden, mask, key.generator("penalty_vector", _device(state)))
+
+
+def _leaf(state: LoopState) -> Tensor:
+    hidden = state.hidden
+    return next(iter(hidden.values())) if isinstance(hidden, dict) else hidden
+
+
+def _batch_size(state: LoopState) -> int:
+    return _leaf(state).shape[0]
+
+
+def _device(state: LoopState) -> torch.device:
+    return _leaf(state).device

@@ -1,0 +1,133 @@
+"""Jacobian-vector products of a step at a state, differentiable with respect to the step's parameters.
+
+Knows nothing of models: a step is any callable that maps a state to the next.
+
+================== ==================================================== ==============================================
+name               what it does                                         use it
+================== ==================================================== ==============================================
+finite_difference  ``(Φ(h + εv) − Φ(h − εv)) / 2ε``                      by default: any kernel, any norm, any strategy
+jvp                forward-mode automatic differentiation               as the exact reference
+================== ==================================================== ==============================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from looplm.stability.vectors import Hidden, StepFn, scale, squared_norm
+
+__all__ = ["PRODUCTS", "ProductName", "finite_difference", "jvp"]
+
+ProductName: TypeAlias = Literal["finite_difference", "jvp"]
+
+
+def _centred_normalise(x: Tensor, num_dims: int, centre: bool, eps: float) -> Tensor:
+    dims = tuple(range(-num_dims, 0))
+    if centre:
+        x = x - x.mean(dims, keepdim=True)
+    return x * torch.rsqrt((x * x).mean(dims, keepdim=True) + eps)
+
+
+def _primitive_layer_norm(
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    x = _centred_normalise(input, len(normalized_shape), True, eps)
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
+
+
+def _primitive_rms_norm(
+    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    eps = torch.finfo(input.dtype).eps if eps is None else eps
+    x = _centred_normalise(input, len(normalized_shape), False, eps)
+    return x if weight is None else x * weight
+
+
+class _PrimitiveNorms(TorchFunctionMode):
+    """Computes LayerNorm and RMSNorm by primitive operations.
+
+    PyTorch's derivative of forward-mode AD through the fused LayerNorm treats mean and variance as constants: the
+    product is right, its gradient is not, and nothing says so (pytorch issue 196700).
+    """
+
+    _replacements: dict[Any, Callable[..., Tensor]] = {  # noqa: RUF012 - read only
+        torch.nn.functional.layer_norm: _primitive_layer_norm,
+        torch.layer_norm: _primitive_layer_norm,
+        torch.nn.functional.rms_norm: _primitive_rms_norm,
+        torch.rms_norm: _primitive_rms_norm,
+    }
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._replacements.get(func, func)(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _exact_derivatives() -> Iterator[None]:
+    # Fused attention kernels have no forward-mode derivative: the mathematical form has.
+    with sdpa_kernel(SDPBackend.MATH), _PrimitiveNorms():
+        yield
+
+
+def jvp(step_fn: StepFn, hidden: Hidden, vector: Hidden) -> Hidden:
+    """Return ``J v`` with ``J = ∂Φ/∂h`` at ``hidden``, by forward-mode automatic differentiation.
+
+    Args:
+        step_fn: Φ, one application of the loop.
+        hidden: The state, ``(B, …)`` or a dict of such; sequences must not interact in Φ.
+        vector: v, of the same structure and shapes.
+
+    Returns:
+        ``J v``, of the same structure and shapes; differentiable with respect to what Φ uses.
+
+    Example:
+        >>> h, v = torch.tensor([[2.0]]), torch.tensor([[1.0]])
+        >>> jvp(lambda x: x**2, h, v)
+        tensor([[4.]])
+    """
+    with _exact_derivatives():
+        return torch.func.jvp(step_fn, (hidden,), (vector,))[1]
+
+
+def finite_difference(step_fn: StepFn, hidden: Hidden, vector: Hidden) -> Hidden:
+    """Return ``J v`` by central differences, in float32 or better, autocast off.
+
+    The step is ``ε = eps^(1/3) · ‖h‖ / ‖v‖`` for each sequence, with eps the precision of the number type: 5e-5 of
+    J v in float32, 1e-10 in float64. Φ must be deterministic (dropout off). Arguments, shapes and differentiability
+    as in :func:`jvp`.
+
+    Example:
+        >>> h, v = torch.tensor([[2.0]], dtype=torch.float64), torch.tensor([[1.0]], dtype=torch.float64)
+        >>> round(finite_difference(lambda x: x**2, h, v).item(), 6)
+        4.0
+    """
+    device_type = pytree.tree_leaves(hidden)[0].device.type
+    with torch.autocast(device_type, enabled=False):
+        wide = pytree.tree_map(lambda x: x.to(torch.promote_types(x.dtype, torch.float32)), hidden)
+        vector = pytree.tree_map(lambda v, x: v.to(x.dtype), vector, wide)
+        precision = min(torch.finfo(x.dtype).eps ** (1 / 3) for x in pytree.tree_leaves(wide))
+        tiny = torch.finfo(torch.float32).tiny
+        state_norm, vector_norm = squared_norm(wide).sqrt(), squared_norm(vector).sqrt()
+        # A state at the origin has no scale of its own.
+        state_norm = torch.where(state_norm > tiny, state_norm, torch.ones_like(state_norm))
+        eps = precision * state_norm / vector_norm.clamp_min(tiny)
+        shift = scale(vector, eps)
+        ahead = step_fn(pytree.tree_map(torch.add, wide, shift))
+        behind = step_fn(pytree.tree_map(torch.sub, wide, shift))
+        return scale(pytree.tree_map(torch.sub, ahead, behind), 0.5 / eps)
+
+
+PRODUCTS: dict[str, Callable[[StepFn, Hidden, Hidden], Hidden]] = {"finite_difference": finite_difference, "jvp": jvp}

@@ -1,0 +1,81 @@
+"""Latent states as vectors: one vector per sequence, padding left out.
+
+A state is a tensor ``(B, …)`` or a dict of them; all of a sample's entries at real positions, concatenated, are its
+vector. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+__all__ = ["Hidden", "StepFn", "mask_padding", "num_real", "per_sequence_dot", "random_unit", "scale", "squared_norm"]
+
+Hidden: TypeAlias = Tensor | dict[str, Tensor]
+StepFn: TypeAlias = Callable[[Any], Any]
+"""Maps a state to the next one, structure and shapes kept."""
+
+
+def mask_padding(hidden: Hidden, mask: Tensor | None) -> Hidden:
+    """Set padded positions to zero.
+
+    Args:
+        hidden: Tensors ``(B, T, …)``, or dict of them.
+        mask: ``(B, T)``, non-zero at real positions; None: all are real. A tensor of another second dimension
+            (a part of the state without positions) is kept whole.
+    """
+    if mask is None:
+        return hidden
+
+    def restrict(x: Tensor) -> Tensor:
+        if x.ndim < 3 or x.shape[1] != mask.shape[1]:
+            return x
+        return x * mask.to(x.dtype).reshape(*mask.shape, *([1] * (x.ndim - 2)))
+
+    return pytree.tree_map(restrict, hidden)
+
+
+def per_sequence_dot(a: Hidden, b: Hidden) -> Tensor:
+    """Return ``⟨a, b⟩`` of each sequence, shape ``(B,)``, accumulated in at least float32."""
+    total: Any = 0.0
+    for x, y in zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True):
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        total = total + (x.to(dtype) * y.to(dtype)).flatten(1).sum(1)
+    return total
+
+
+def squared_norm(hidden: Hidden) -> Tensor:
+    """Return ``‖h‖²`` of each sequence, shape ``(B,)``."""
+    return per_sequence_dot(hidden, hidden)
+
+
+def scale(hidden: Hidden, factor: Tensor) -> Hidden:
+    """Multiply the vector of each sequence by its ``factor``, shape ``(B,)``."""
+    return pytree.tree_map(lambda x: x * factor.to(x.dtype).reshape(-1, *([1] * (x.ndim - 1))), hidden)
+
+
+def num_real(hidden: Hidden, mask: Tensor | None) -> Tensor:
+    """Return n, the dimension of each sequence's vector (real positions × width), shape ``(B,)``."""
+    return squared_norm(mask_padding(pytree.tree_map(torch.ones_like, hidden), mask))
+
+
+def random_unit(hidden: Hidden, mask: Tensor | None, generator: torch.Generator) -> Hidden:
+    """Draw for each sequence a vector v, uniform on the unit sphere of its real positions.
+
+    Args:
+        hidden: Gives structure, shapes, dtype and device.
+        mask: ``(B, T)`` or None, see :func:`mask_padding`.
+        generator: The source of the draw; its device decides where it is drawn.
+    """
+
+    def normal(x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return torch.randn(x.shape, generator=generator, device=generator.device, dtype=dtype).to(x.device)
+
+    vector = mask_padding(pytree.tree_map(normal, hidden), mask)
+    unit = scale(vector, squared_norm(vector).clamp_min(torch.finfo(torch.float32).tiny).rsqrt())
+    return pytree.tree_map(lambda v, x: v.to(x.dtype), unit, hidden)
