@@ -98,8 +98,8 @@ class UniformDepth(DepthSampler):
     """Every depth from ``min_depth`` to ``max_depth``, both included, equally often.
 
     Example:
-        >>> UniformDepth(1, 7).mean
-        4.0
+        >>> UniformDepth(1, 8).mean
+        4.5
     """
 
     def __init__(self, min_depth: int = 1, max_depth: int = 16) -> None:
@@ -143,7 +143,7 @@ class LogNormalDepth(DepthSampler):
 
     Example:
         >>> round(LogNormalDepth(mu=1.7, sigma=0.4, min_depth=1, max_depth=16).mean, 2)
-        5.91
+        5.92
     """
 
     def __init__(self, mu: float = 2.0, sigma: float = 0.7, min_depth: int = 1, max_depth: int = 100) -> None:

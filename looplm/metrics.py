@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +54,16 @@ class _DepthMetric(Metric):
         self.num_depths = num_depths
         for name in ("right", "count", "indices"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
+
+    def _wrap_compute(self, compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        # torchmetrics makes a single value a scalar; the curve of one depth stays a curve.
+        wrapped = super()._wrap_compute(compute)
+
+        @wraps(compute)
+        def curve(*args: Any) -> Tensor:
+            return wrapped(*args).reshape(self.num_depths)
+
+        return curve
 
     def _update(self, counts: tuple[Tensor, Tensor], indices: Tensor | None) -> None:
         right, count = counts

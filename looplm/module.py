@@ -190,7 +190,7 @@ class LoopLM(L.LightningModule):
         """Refuse a checkpoint of another architecture.
 
         Raises:
-            InputError: Names the fields that differ.
+            InputError: Names the fields, or the tensors, that differ.
         """
         saved = dict(checkpoint.get("hyper_parameters", {}).get("config", {}))
         here = self.model.config.to_dict()
@@ -201,3 +201,9 @@ class LoopLM(L.LightningModule):
         ]
         if differing:
             raise InputError(f"the checkpoint is of another architecture: {'; '.join(differing)}.")
+        weights = checkpoint.get("state_dict", {})  # a sharded checkpoint has none here
+        unmatched = sorted(weights.keys() ^ self.state_dict().keys())
+        if weights and unmatched:
+            raise InputError(
+                f"the checkpoint's weights are not those of its architecture: {unmatched} on one side only."
+            )

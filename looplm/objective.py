@@ -64,6 +64,7 @@ class STARSObjective:
         ValueError: If a value is outside its range, or has no effect because there is no penalty.
 
     Example:
+        >>> from looplm import FixedDepth, JacobianPenalty
         >>> objective = STARSObjective(depth_sampler=FixedDepth(4), penalty=JacobianPenalty(), penalty_weight=0.1,
         ...                            penalty_start_step=100, penalty_ramp_steps=100)
         >>> [objective.weight_at(step) for step in (99, 150, 300)]
@@ -81,7 +82,11 @@ class STARSObjective:
     penalty_ramp_steps: int = 0
     """Length of the ramp, in optimiser steps; 0: λ jumps."""
     backprop_loops: int | None = None
-    """Backpropagate through the last that many loops only; None: through all."""
+    """Backpropagate through the last that many loops only; None: through all.
+
+    Where t is larger, what only h₀ depends on (prelude, position table, token table of an untied head) gets no gradient
+    unless the input is injected at every step.
+    """
 
     def __post_init__(self) -> None:
         if not 0 <= self.penalty_weight <= 1:
@@ -123,7 +128,9 @@ class STARSObjective:
         for index, following in enumerate(unroll(model, state, depth, self.backprop_loops)):
             previous, state = (following if index == 0 else state), following
         logits = model.decode(state)
-        cross_entropy = F.cross_entropy(logits.flatten(0, -2).float(), batch["labels"].flatten(), ignore_index=-100)
+        labels = batch["labels"].flatten()
+        losses = F.cross_entropy(logits.flatten(0, -2).float(), labels, ignore_index=-100, reduction="sum")
+        cross_entropy = losses / (labels != -100).sum().clamp_min(1)  # a batch without labels gives 0, not NaN
         weight = self.weight_at(key.optimizer_step)
         penalty = None
         loss = cross_entropy

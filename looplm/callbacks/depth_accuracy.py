@@ -46,7 +46,8 @@ class DepthAccuracyCurve(L.Callback):
     - ``depth_preds``: predicted ids, int64 ``(K, B, …)``: ``depth_preds[k, b, i]`` answers ``labels[b, i]``;
     - ``labels``: int64 ``(B, …)``, −100 = ignored;
     - optionally ``index`` ``(B,)`` (sample numbers: a sample that the distributed sampler repeats counts once),
-      ``split`` (name of the evaluation set), ``mean_depth`` (mean trained depth, loops).
+      ``split`` (name of the evaluation set, needed with several dataloaders), ``mean_depth`` (mean trained depth,
+      loops).
 
     It logs ``{stage}/exact_match/depth_00008`` and ``{stage}/token_accuracy/depth_00008`` for every depth, and a
     summary (see :func:`~looplm.metrics.depth_summary`), to every logger; gives the figure to every logger that takes
@@ -65,7 +66,7 @@ class DepthAccuracyCurve(L.Callback):
         self.mean_depth = mean_depth
         self._splits: dict[int, _Split] = {}
 
-    def _update(self, pl_module: L.LightningModule, outputs: Any, batch: Any, dataloader_idx: int) -> None:
+    def _update(self, stage: str, pl_module: L.LightningModule, outputs: Any, batch: Any, dataloader_idx: int) -> None:
         found = outputs if self.extract_fn is None else self.extract_fn(outputs, batch)
         missing = [key for key in _REQUIRED if not isinstance(found, Mapping) or key not in found]
         if missing:
@@ -79,7 +80,14 @@ class DepthAccuracyCurve(L.Callback):
         if split is None:
             mean = self.mean_depth if self.mean_depth is not None else found.get("mean_depth")
             mean = None if mean is None else float(mean)
-            split = self._splits[dataloader_idx] = _Split(found.get("split", ""), depths, mean, pl_module.device)
+            split = _Split(found.get("split", ""), depths, mean, pl_module.device)
+            names = [other.name or stage for other in self._splits.values()]
+            if (split.name or stage) in names:
+                raise ValueError(
+                    f"evaluation sets must have different names, got {split.name or stage!r} after {names}: "
+                    "return a `split` for every dataloader but one."
+                )
+            self._splits[dataloader_idx] = split
         if split.depths != depths:
             raise ValueError(f"`depths` must be the same in all batches, got {depths} after {split.depths}.")
         preds, labels, indices = found["depth_preds"], found["labels"], found.get("index")
@@ -158,7 +166,7 @@ class DepthAccuracyCurve(L.Callback):
     ) -> None:
         """Count a batch."""
         if not trainer.sanity_checking:
-            self._update(pl_module, outputs, batch, dataloader_idx)
+            self._update("val", pl_module, outputs, batch, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log and write the curve."""
@@ -178,7 +186,7 @@ class DepthAccuracyCurve(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Count a batch."""
-        self._update(pl_module, outputs, batch, dataloader_idx)
+        self._update("test", pl_module, outputs, batch, dataloader_idx)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log and write the curve."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from looplm.commands.arguments import Parser
 from looplm.errors import InputError
 
 __all__ = ["Curve", "compare", "read_curve", "run"]
@@ -55,7 +55,10 @@ def read_curve(run_dir: Path) -> Curve:
     mean_depth = None
     summary = path.with_name(path.name.replace("_curve.csv", "_summary.json"))
     if summary != path and summary.is_file():
-        mean_depth = json.loads(summary.read_text(encoding="utf-8")).get(rows[0]["split"], {}).get("mean_depth")
+        try:
+            mean_depth = json.loads(summary.read_text(encoding="utf-8")).get(rows[0]["split"], {}).get("mean_depth")
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"{summary} is no summary of a curve: {error}.") from None
     name = path.stem if run_dir.is_file() else run_dir.resolve().name
     return Curve(
         name=name, depths=depths, exact_match=exact_match, token_accuracy=token_accuracy, mean_depth=mean_depth
@@ -92,7 +95,10 @@ def compare(run_dirs: Sequence[Path], output: Path) -> Path:
     names = [curve.name for curve in curves]
     if len(set(names)) != len(names):
         raise InputError(f"runs must have different names, got {names}.")
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{str(output)!r} must be a folder that can be written: {error.strerror}.") from None
     with (output / "comparison.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["run", "depth", "exact_match", "token_accuracy"])
@@ -121,7 +127,7 @@ def compare(run_dirs: Sequence[Path], output: Path) -> Path:
 
 def run(argv: Sequence[str]) -> int:
     """Run the command; for its options see ``--help``."""
-    parser = argparse.ArgumentParser(prog="python -m looplm compare", description=__doc__)
+    parser = Parser("compare", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory, or a curve's CSV file")
     parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder to write to")
     args = parser.parse_args(argv)

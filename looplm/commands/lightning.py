@@ -7,12 +7,14 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -45,6 +47,19 @@ def _integer_seed(seed: Any) -> int:
     return seed
 
 
+class RunCheckpoint(ModelCheckpoint):
+    """ModelCheckpoint whose ``last.ckpt`` also holds the last step of a run.
+
+    Lightning's own keeps the last multiple of ``every_n_train_steps``, so that ``test`` would read older weights.
+    """
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save what the last multiple left out."""
+        super().on_train_end(trainer, pl_module)
+        if self.save_last and self._last_global_step_saved != trainer.global_step:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
 class LoopLMCLI(LightningCLI):
     """LightningCLI with a run directory, a checkpoint rule and a curve that every run has.
 
@@ -53,13 +68,27 @@ class LoopLMCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the checkpoint and the curve; let data and seed decide what follows from them."""
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(DepthAccuracyCurve, "curve")
-        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.every_n_train_steps": 200})
+        # Without a version counter a second fit in the same directory replaces last.ckpt, which is what `test` reads.
+        parser.set_defaults(
+            {
+                "checkpoint.save_last": True,
+                "checkpoint.every_n_train_steps": 200,
+                "checkpoint.enable_version_counter": False,
+            }
+        )
         parser.link_arguments("data.vocab_size", "model.config.vocab_size", apply_on="instantiate")
         parser.link_arguments("data.max_positions", "model.config.max_positions", apply_on="instantiate")
         parser.link_arguments("seed_everything", "model.seed", compute_fn=_integer_seed)
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_integer_seed)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; a config that is no text is the user's to mend."""
+        try:
+            super().parse_arguments(parser, args)
+        except UnicodeDecodeError as error:
+            raise InputError(f"a config is not UTF-8 text: {error}.") from error
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -80,9 +109,7 @@ class LoopLMCLI(LightningCLI):
         config = self._run_config
         root = Path(config.trainer.default_root_dir or "runs/default")
         config.trainer.default_root_dir = str(root)
-        if self.subcommand == "fit":
-            _check_writable(root)
-        else:
+        if self.subcommand != "fit":
             self.save_config_callback = None
         path = config.ckpt_path
         if (path is None and self.subcommand != "fit") or path == "last":
@@ -90,9 +117,11 @@ class LoopLMCLI(LightningCLI):
             if self.subcommand == "fit" and not path.exists():
                 path = None
         if path is not None:
-            _check_checkpoint(Path(path))
+            _check_checkpoint(Path(path), _RESUMABLE if self.subcommand == "fit" else _LOADABLE)
         config.ckpt_path = None if path is None else str(path)
-        if self.subcommand == "predict":
+        if self.subcommand != "predict":
+            _check_writable(root)
+        else:
             config.trainer.enable_progress_bar = False
             config.trainer.logger = False
 
@@ -158,18 +187,29 @@ def _check_writable(folder: Path) -> None:
         ) from None
 
 
-def _check_checkpoint(path: Path) -> None:
+# What Lightning needs of a checkpoint, to load its weights and to go on training.
+_LOADABLE = frozenset({"state_dict", "hyper_parameters", "pytorch-lightning_version"})
+_RESUMABLE = _LOADABLE | {"optimizer_states", "lr_schedulers", "loops", "callbacks", "global_step", "epoch"}
+
+
+def _check_checkpoint(path: Path, needed: frozenset[str]) -> None:
     if not path.is_file():
         raise InputError(f"`ckpt_path` must be a checkpoint file, got {str(path)!r}, which does not exist.")
     try:
+        # torch.load does not look at the checksums: without this, flipped bytes become weights.
+        damaged = zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None
+        if damaged is not None:
+            raise ValueError(f"wrong checksum of {damaged}")
         content = torch.load(path, map_location="cpu", weights_only=True)
-        complete = {"state_dict", "hyper_parameters"} <= set(content)
     except Exception as error:
         raise InputError(
             f"`ckpt_path` {str(path)!r} cannot be read: damaged, or no checkpoint ({type(error).__name__})."
         ) from None
-    if not complete:
-        raise InputError(f"`ckpt_path` {str(path)!r} is no looplm checkpoint: it lacks state_dict or hyper_parameters.")
+    missing = sorted(needed - set(content)) if isinstance(content, Mapping) else sorted(needed)
+    if missing:
+        raise InputError(
+            f"`ckpt_path` {str(path)!r} is no checkpoint of looplm, or not a whole one: it lacks {missing}."
+        )
 
 
 def run(argv: Sequence[str]) -> LoopLMCLI:
@@ -183,14 +223,17 @@ def run(argv: Sequence[str]) -> LoopLMCLI:
     """
     for message in _IRRELEVANT_WARNINGS:
         warnings.filterwarnings("ignore", message)
-    return LoopLMCLI(
-        LoopLM,
-        L.LightningDataModule,
-        subclass_mode_data=True,
-        seed_everything_default=0,
-        auto_configure_optimizers=False,
-        save_config_kwargs={"overwrite": True},
-        parser_class=_Parser,
-        parser_kwargs={"allow_abbrev": False},
-        args=list(argv),
-    )
+    try:
+        return LoopLMCLI(
+            LoopLM,
+            L.LightningDataModule,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            parser_class=_Parser,
+            parser_kwargs={"allow_abbrev": False},
+            args=list(argv),
+        )
+    except MisconfigurationException as error:  # Lightning's word for an error of the user's
+        raise InputError(str(error)) from error

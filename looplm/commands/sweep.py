@@ -6,7 +6,6 @@ killed one goes on from its last checkpoint.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -17,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import looplm
+from looplm.commands.arguments import Parser
 from looplm.commands.compare import compare
 from looplm.errors import InputError
 
@@ -73,7 +73,10 @@ def _fit_and_test(config: Path, run_dir: Path, options: Sequence[str]) -> None:
         if any(run_dir.iterdir()) and _read_stamp(run_dir / "started.json") is None:
             raise InputError(f"{str(run_dir)!r} exists and was not made by `sweep`; name another `--root`.")
         shutil.rmtree(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{str(run_dir)!r} must be a folder that can be written: {error.strerror}.") from None
     _write_stamp(run_dir / "started.json", stamp)
     common = ["--config", str(config), *options, f"--trainer.default_root_dir={run_dir}"]
     _call("fit", *common, "--ckpt_path=last")
@@ -83,11 +86,10 @@ def _fit_and_test(config: Path, run_dir: Path, options: Sequence[str]) -> None:
 
 def run(argv: Sequence[str]) -> int:
     """Run the command; for its options see ``--help``."""
-    parser = argparse.ArgumentParser(
-        prog="python -m looplm sweep",
+    parser = Parser(
+        "sweep",
         description=__doc__,
         epilog="Further options, such as --trainer.max_steps=100, go to every fit and test.",
-        allow_abbrev=False,
     )
     parser.add_argument("configs", nargs="+", type=Path, metavar="CONFIG", help="config of one run")
     parser.add_argument("--root", type=Path, default=Path("runs"), help="folder of the run directories")

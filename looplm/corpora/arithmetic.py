@@ -193,7 +193,7 @@ class ArithmeticDataModule(L.LightningDataModule):
         self.predict_problems: list[tuple[int, str, int]] = []
         widest = max(max_digits, *(stage.max_digits for stage in self.digit_stages), *self.test_digits, 1)
         if test_file is not None:
-            widest = max(widest, _num_digits(_read_test_file(test_file)))
+            widest = max(widest, _num_digits(_read_test_file(test_file, self.operations)))
         self.max_positions = self.encoder.form.longest(self.operations, widest)
 
     @property
@@ -226,6 +226,23 @@ class ArithmeticDataModule(L.LightningDataModule):
 
     def held_out(self, split: Split, size: int, min_digits: int, max_digits: int) -> dict[str, Any]:
         """Return a fixed held-out set of at most ``size`` different problems, as columns of N rows."""
+        kept = self._held_out_problems(split, size, min_digits, max_digits)
+        return self.encoder.batch(kept, np.arange(len(kept)))
+
+    def write_test_set(self, path: str, size: int) -> None:
+        """Write the held-out test set as JSON lines with ``a``, ``op``, ``b``, ``answer``, as ``test_file`` reads them.
+
+        Args:
+            path: The file to write.
+            size: Number of problems.
+        """
+        kept = self._held_out_problems("test", size, self.min_digits, self.max_digits)
+        columns = (kept.a, kept.operation, kept.b, kept.answers)
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        lines = [json.dumps({"a": a, "op": OPERATIONS[op], "b": b, "answer": answer}) for a, op, b, answer in rows]
+        Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def _held_out_problems(self, split: Split, size: int, min_digits: int, max_digits: int) -> Problems:
         key = fold(_EVALUATION_SEED, split, min_digits, max_digits)
         drawn = self._draw(key, np.arange(4 * size), split, min_digits, max_digits)
         rows = np.stack([drawn.a, drawn.operation, drawn.b], axis=1)
@@ -233,7 +250,7 @@ class ArithmeticDataModule(L.LightningDataModule):
         kept = drawn.take(np.sort(first)[:size])
         if len(kept) < size:
             rank_zero_warn(f"only {len(kept)} different {split} problems were drawn of the {size} asked for.")
-        return self.encoder.batch(kept, np.arange(len(kept)))
+        return kept
 
     def _draw(self, key: int, indices: np.ndarray, split: Split, min_digits: int, max_digits: int) -> Problems:
         return draw_problems(
@@ -277,7 +294,7 @@ class ArithmeticDataModule(L.LightningDataModule):
         if self.test_file is None:
             columns = self.held_out("test", self.num_test, self.min_digits, self.max_digits)
         else:
-            problems = _read_test_file(self.test_file)
+            problems = _read_test_file(self.test_file, self.operations)
             seen = int(in_split(problems, "train").sum())
             if seen:
                 rank_zero_warn(f"{seen} of {len(problems)} rows of {self.test_file} may occur in training.")
@@ -341,14 +358,14 @@ def _lines(path: str) -> list[str]:
         raise InputError(f"{path} cannot be read: {error}.") from error
 
 
-def _read_test_file(path: str) -> Problems:
+def _read_test_file(path: str, operations: tuple[str, ...]) -> Problems:
     rows = []
     for number, line in enumerate(_lines(path), start=1):
         try:
             row = json.loads(line)
             a, op, b, answer = (row[name] for name in ("a", "op", "b", "answer"))
-            if not all(type(value) is int for value in (a, b, answer)) or op not in OPERATIONS:
-                raise ValueError(f"`a`, `b`, `answer` must be integers and `op` one of {list(OPERATIONS)}")
+            if not all(type(value) is int for value in (a, b, answer)) or op not in operations:
+                raise ValueError(f"`a`, `b`, `answer` must be integers and `op` one of {list(operations)}")
             if min(a, b) < 0 or max(a, b) >= 10**MAX_DIGITS:
                 raise ValueError(f"operands must have 1 to {MAX_DIGITS} digits")
             if answer != {"+": a + b, "-": a - b, "*": a * b}[op]:

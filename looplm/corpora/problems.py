@@ -150,19 +150,21 @@ class TextForm:
         self, template: str = "{a}{op}{b}= {answer}§", reverse_operands: bool = False, reverse_answer: bool = True
     ) -> None:
         try:
-            names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+            fields = [field for field in string.Formatter().parse(template) if field[1] is not None]
         except ValueError as error:
             raise ValueError(f"`template` is no format string ({error}), got {template!r}.") from None
         prompt, _, end = template.partition("{answer}")
         literal = "".join(text for text, *_ in string.Formatter().parse(template))
-        if sorted(names) != ["a", "answer", "b", "op"] or names[-1] != "answer" or not end:
+        names = [str(name) for _, name, _, _ in fields]
+        plain = not any(spec or conversion for _, _, spec, conversion in fields)
+        if sorted(names) != ["a", "answer", "b", "op"] or names[-1] != "answer" or not plain or not end:
             raise ValueError(
-                "`template` must have {a}, {op}, {b}, {answer} once each, {answer} last and an end mark after it, "
-                f"got {template!r}."
+                "`template` must have {a}, {op}, {b}, {answer} once each and plain, {answer} last and an end mark "
+                f"after it, got {template!r}."
             )
-        if set(literal) & set("0123456789-\0") or end[-1] in prompt:
+        if set(literal) & set("0123456789-\0") or literal.count(literal[-1]) > 1:
             raise ValueError(f"`template` must not hold digits or '-', nor its end mark twice, got {template!r}.")
-        self.prompt, self.end = prompt, end
+        self.prompt, self.end = prompt, end.format()
         self.reverse_operands, self.reverse_answer = reverse_operands, reverse_answer
         self.alphabet = "0123456789" + "".join(OPERATIONS) + "".join(sorted(set(literal) - set(OPERATIONS)))
 

@@ -6,7 +6,7 @@ Takes callables and states; knows no model, no loss and no training.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -109,11 +109,11 @@ class LastStepPenalty(Penalty):
     ) -> Tensor:
         """Return the mean norm of the last step over real positions, a scalar; see :meth:`Penalty.__call__`."""
         lengths, count = torch.zeros(()), torch.zeros(())
-        for now, before in zip(pytree.tree_leaves(hidden), pytree.tree_leaves(previous), strict=True):
+        for step in pytree.tree_leaves(pytree.tree_map(torch.sub, hidden, previous)):
             # The norm has no gradient at zero: a state that has converged exactly contributes none.
-            squared = (now - before).square().sum(-1)
+            squared = step.square().sum(-1)
             moved = squared > 0
             length = torch.where(moved, squared, 1.0).sqrt() * moved
-            real = torch.ones_like(length) if mask is None else mask.to(length.dtype).expand_as(length)
-            lengths, count = (length * real).sum() + lengths, real.sum() + count
-        return lengths / count
+            real: Any = mask_padding(torch.ones_like(length)[..., None], mask)
+            lengths, count = (length[..., None] * real).sum() + lengths, real.sum() + count
+        return lengths / count.clamp_min(1.0)

@@ -22,9 +22,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from looplm.stability.vectors import Hidden, StepFn, scale, squared_norm
+from looplm.stability.vectors import Hidden, StepFn, per_sequence_dot, scale, squared_norm
 
-__all__ = ["PRODUCTS", "ProductName", "finite_difference", "jvp"]
+__all__ = ["PRODUCTS", "ProductName", "finite_difference", "jvp", "vjp"]
 
 ProductName: TypeAlias = Literal["finite_difference", "jvp"]
 
@@ -102,6 +102,32 @@ def jvp(step_fn: StepFn, hidden: Hidden, vector: Hidden) -> Hidden:
         return torch.func.jvp(step_fn, (hidden,), (vector,))[1]
 
 
+def vjp(step_fn: StepFn, hidden: Hidden, vector: Hidden) -> Hidden:
+    """Return ``Jᵀ u`` at ``hidden``, by reverse-mode automatic differentiation.
+
+    Arguments and shapes as in :func:`jvp`. Where gradients are recorded the result is differentiable with respect to
+    what Φ uses (double backward), which fused attention kernels do not offer: then, and only then, attention takes its
+    mathematical form.
+
+    Raises:
+        RuntimeError: Inside ``torch.inference_mode``, where nothing can be differentiated in reverse.
+
+    Example:
+        >>> h, u = torch.tensor([[2.0]]), torch.tensor([[1.0]])
+        >>> vjp(lambda x: x**2, h, u).item()
+        4.0
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("`vjp` does not work in torch.inference_mode; use `jvp`, `finite_difference` or no_grad.")
+    differentiable = torch.is_grad_enabled()
+    leaves, spec = pytree.tree_flatten(hidden)
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if differentiable else contextlib.nullcontext():
+        inputs = [x if x.requires_grad and differentiable else x.detach().requires_grad_() for x in leaves]
+        inner = per_sequence_dot(step_fn(pytree.tree_unflatten(inputs, spec)), vector).sum()
+        pulled = torch.autograd.grad(inner, inputs, create_graph=differentiable, materialize_grads=True)
+    return pytree.tree_unflatten(list(pulled), spec)
+
+
 def finite_difference(step_fn: StepFn, hidden: Hidden, vector: Hidden) -> Hidden:
     """Return ``J v`` by central differences, in float32 or better, autocast off.
 
@@ -118,12 +144,12 @@ def finite_difference(step_fn: StepFn, hidden: Hidden, vector: Hidden) -> Hidden
     with torch.autocast(device_type, enabled=False):
         wide = pytree.tree_map(lambda x: x.to(torch.promote_types(x.dtype, torch.float32)), hidden)
         vector = pytree.tree_map(lambda v, x: v.to(x.dtype), vector, wide)
-        precision = min(torch.finfo(x.dtype).eps ** (1 / 3) for x in pytree.tree_leaves(wide))
+        precision = max(torch.finfo(x.dtype).eps ** (1 / 3) for x in pytree.tree_leaves(wide))
         tiny = torch.finfo(torch.float32).tiny
-        state_norm, vector_norm = squared_norm(wide).sqrt(), squared_norm(vector).sqrt()
-        # A state at the origin has no scale of its own.
-        state_norm = torch.where(state_norm > tiny, state_norm, torch.ones_like(state_norm))
-        eps = precision * state_norm / vector_norm.clamp_min(tiny)
+        # A state at the origin and a vector without real positions have no scale of their own.
+        norms = (squared_norm(x).detach().sqrt() for x in (wide, vector))
+        state_norm, vector_norm = (torch.where(norm > tiny, norm, 1.0) for norm in norms)
+        eps = precision * state_norm / vector_norm
         shift = scale(vector, eps)
         ahead = step_fn(pytree.tree_map(torch.add, wide, shift))
         behind = step_fn(pytree.tree_map(torch.sub, wide, shift))

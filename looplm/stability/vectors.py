@@ -13,11 +13,42 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["Hidden", "StepFn", "mask_padding", "num_real", "per_sequence_dot", "random_unit", "scale", "squared_norm"]
+__all__ = [
+    "Hidden",
+    "StepFn",
+    "flatten",
+    "mask_padding",
+    "num_real",
+    "per_sequence_dot",
+    "random_unit",
+    "scale",
+    "squared_norm",
+    "unflatten",
+]
 
 Hidden: TypeAlias = Tensor | dict[str, Tensor]
 StepFn: TypeAlias = Callable[[Any], Any]
 """Maps a state to the next one, structure and shapes kept."""
+
+
+def flatten(hidden: Hidden) -> Tensor:
+    """Return all entries of each sample, ``(B, N)``: the parts of a dict one after the other, by name.
+
+    Example:
+        >>> flatten({"b": torch.zeros(2, 1), "a": torch.ones(2, 1, 2)}).tolist()
+        [[1.0, 1.0, 0.0], [1.0, 1.0, 0.0]]
+    """
+    parts = [hidden[name] for name in sorted(hidden)] if isinstance(hidden, dict) else [hidden]
+    return torch.cat([part.flatten(1) for part in parts], dim=1)
+
+
+def unflatten(flat: Tensor, like: Hidden) -> Hidden:
+    """Undo :func:`flatten`: return ``flat`` ``(B, N)`` in the structure, shapes and types of ``like``."""
+    if not isinstance(like, dict):
+        return flat.reshape(like.shape).to(like.dtype)
+    names = sorted(like)
+    parts = flat.split([like[name][0].numel() for name in names], dim=1)
+    return {name: part.reshape(like[name].shape).to(like[name].dtype) for name, part in zip(names, parts, strict=True)}
 
 
 def mask_padding(hidden: Hidden, mask: Tensor | None) -> Hidden:
@@ -34,18 +65,19 @@ def mask_padding(hidden: Hidden, mask: Tensor | None) -> Hidden:
     def restrict(x: Tensor) -> Tensor:
         if x.ndim < 3 or x.shape[1] != mask.shape[1]:
             return x
-        return x * mask.to(x.dtype).reshape(*mask.shape, *([1] * (x.ndim - 2)))
+        return x * (mask != 0).to(x.dtype).reshape(*mask.shape, *([1] * (x.ndim - 2)))
 
     return pytree.tree_map(restrict, hidden)
 
 
 def per_sequence_dot(a: Hidden, b: Hidden) -> Tensor:
     """Return ``⟨a, b⟩`` of each sequence, shape ``(B,)``, accumulated in at least float32."""
-    total: Any = 0.0
-    for x, y in zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True):
+
+    def dot(x: Tensor, y: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
-        total = total + (x.to(dtype) * y.to(dtype)).flatten(1).sum(1)
-    return total
+        return (x.to(dtype) * y.to(dtype)).flatten(1).sum(1)
+
+    return sum(pytree.tree_leaves(pytree.tree_map(dot, a, b)))
 
 
 def squared_norm(hidden: Hidden) -> Tensor:

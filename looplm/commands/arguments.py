@@ -1,0 +1,25 @@
+"""The parser of our own subcommands: errors are those of the user, in one line. Knows no subcommand."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+from looplm.errors import InputError
+
+__all__ = ["Parser"]
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser that raises InputError and takes no abbreviated options."""
+
+    def __init__(self, command: str, *, description: str | None, epilog: str | None = None) -> None:
+        super().__init__(prog=f"python -m looplm {command}", description=description, epilog=epilog, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise in place of printing the usage and leaving.
+
+        Raises:
+            InputError: Always.
+        """
+        raise InputError(f"{message} (see `{self.prog} --help`).")

@@ -1,0 +1,306 @@
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from looplm.config import LoopedConfig
+from looplm.depth import DepthStage, FixedDepth, ScheduledDepth, UniformDepth
+from looplm.loop import LoopState
+from looplm.model import LoopedTransformer
+from looplm.objective import STARSObjective
+from looplm.randomness import StepKey
+from looplm.stability.penalty import JacobianPenalty, LastStepPenalty, Penalty
+
+VOCAB, WIDTH = 5, 4
+KEY = StepKey(seed=0, micro_batch=3)
+
+
+class Scaling(nn.Module):
+    """``h ↦ dropout(s_i·w·h)``, s_i fixed for each sequence: J⁽ⁱ⁾ = s_i·w·I, so every unit vector has gain (s_i·w)²."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+        self.table = nn.Embedding.from_pretrained(
+            torch.randn(VOCAB, WIDTH, generator=torch.Generator().manual_seed(2)).double(), freeze=False
+        )
+        self.head = nn.Linear(WIDTH, VOCAB).double()
+        self.dropout = nn.Dropout(dropout)
+        self.scales = None
+
+    def embed(self, inputs, attention_mask=None, initial_hidden=None):
+        scales = torch.ones(len(inputs)).double() if self.scales is None else self.scales
+        context = {"attention_mask": attention_mask, "scales": scales[:, None, None]}
+        return LoopState(self.table(inputs) if initial_hidden is None else initial_hidden, context)
+
+    def step(self, state):
+        return state.advance(self.dropout(state.context["scales"] * self.weight * state.hidden))
+
+    def decode(self, state):
+        return self.head(state.hidden)
+
+
+class Draw(Penalty):
+    """Shows what a penalty is given: its own random number, and the first entries of its sequences."""
+
+    def __init__(self, fraction=1.0):
+        self.fraction = fraction
+
+    def __call__(self, step_fn, hidden, previous, mask, generator):
+        self.rows = hidden[:, 0, 0].tolist()
+        self.mask = mask
+        return torch.rand((), generator=generator)
+
+
+class Failing(Penalty):
+    def __call__(self, step_fn, hidden, previous, mask, generator):
+        raise RuntimeError("no penalty today")
+
+
+@pytest.fixture
+def batch():
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.randint(VOCAB, (4, 3), generator=draw)
+    labels[:, 0] = -100
+    return {"input_ids": torch.randint(VOCAB, (4, 3), generator=draw), "labels": labels}
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Scaling()
+
+
+def transformer(**changes):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB, "max_positions": 4, "width": 8, "num_heads": 2, "ffn_width": 12}
+    model = LoopedTransformer(LoopedConfig(**{**sizes, "init_std": 0.5, "dropout": 0.0, **changes}))
+    return model.double()
+
+
+def cross_entropy(model, batch, depth):
+    """By its definition, over labelled tokens."""
+    state = model.embed(batch["input_ids"], batch.get("attention_mask"))
+    for _ in range(depth):
+        state = model.step(state)
+    log_probabilities = model.decode(state).log_softmax(-1)
+    labelled = (batch["labels"] != -100).nonzero().tolist()
+    return -torch.stack([log_probabilities[i, j, batch["labels"][i, j]] for i, j in labelled]).mean()
+
+
+@pytest.mark.parametrize("method", ["jvp", "finite_difference"])
+def test_loss_mixes_cross_entropy_and_penalty(model, batch, method):
+    objective = STARSObjective(depth_sampler=FixedDepth(3), penalty=JacobianPenalty(method), penalty_weight=0.3)
+    out = objective(model, batch, KEY)
+    expected = 0.7 * cross_entropy(model, batch, 3) + 0.3 * model.weight**2
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert out.penalty.item() == pytest.approx(0.25)
+    assert (out.depth, out.penalty_weight) == (3, 0.3)
+    parameters = list(model.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(out.loss, parameters), torch.autograd.grad(expected, parameters), rtol=1e-5, atol=1e-7
+    )
+
+
+def test_without_penalty_the_loss_is_cross_entropy(model, batch):
+    out = STARSObjective(depth_sampler=FixedDepth(2))(model, batch, KEY)
+    assert out.penalty is None
+    assert out.loss.item() == pytest.approx(cross_entropy(model, batch, 2).item(), rel=1e-6)
+    assert out.loss.item() == out.cross_entropy.item()
+    assert not out.logits.requires_grad
+
+
+def test_weight_starts_ramps_and_stays():
+    def weights(**schedule):
+        objective = STARSObjective(
+            depth_sampler=FixedDepth(1), penalty=JacobianPenalty(), penalty_weight=0.1, **schedule
+        )
+        return [objective.weight_at(step) for step in (0, 99, 100, 125, 200, 10_000)]
+
+    assert weights() == [0.1] * 6
+    assert weights(penalty_start_step=100) == [0, 0, 0.1, 0.1, 0.1, 0.1]
+    assert weights(penalty_start_step=100, penalty_ramp_steps=100) == pytest.approx([0, 0, 0, 0.025, 0.1, 0.1])
+    assert weights(penalty_ramp_steps=200) == pytest.approx([0, 0.0495, 0.05, 0.0625, 0.1, 0.1])
+
+
+def test_penalty_costs_nothing_before_it_starts(model, batch):
+    objective = STARSObjective(
+        depth_sampler=FixedDepth(1), penalty=Failing(), penalty_weight=0.5, penalty_start_step=10
+    )
+    before = StepKey(seed=0, micro_batch=0, optimizer_step=9)
+    out = objective(model, batch, before)
+    assert out.penalty is None
+    assert out.penalty_weight == 0
+    assert out.loss.item() == out.cross_entropy.item()
+    with pytest.raises(RuntimeError, match="no penalty today"):
+        objective(model, batch, StepKey(seed=0, micro_batch=0, optimizer_step=10))
+
+
+def gradients(model, loss):
+    return torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
+
+
+@pytest.mark.parametrize("input_injection", ["none", "linear"])
+@pytest.mark.parametrize("backprop_loops", [1, 2, 4, 9])
+def test_truncated_gradient_equals_that_of_a_detached_state(batch, backprop_loops, input_injection):
+    model = transformer(input_injection=input_injection)
+    out = STARSObjective(depth_sampler=FixedDepth(4), backprop_loops=backprop_loops)(model, batch, KEY)
+    state = model.embed(batch["input_ids"])
+    for depth in range(4):
+        state = model.step(state.detach() if depth == 4 - backprop_loops and depth > 0 else state)
+    expected = F.cross_entropy(model.decode(state).flatten(0, 1), batch["labels"].flatten())
+    truncated = gradients(model, out.loss)
+    # The objective's cross-entropy is float32.
+    torch.testing.assert_close(truncated, gradients(model, expected), rtol=1e-5, atol=1e-7)
+    full = gradients(model, STARSObjective(depth_sampler=FixedDepth(4))(model, batch, KEY).loss)
+    assert all(map(torch.equal, truncated, full)) == (backprop_loops >= 4)
+
+
+def test_jacobian_penalty_sends_no_gradient_into_the_trajectory(batch):
+    model = transformer(tie_embeddings=False)
+    out = STARSObjective(depth_sampler=FixedDepth(3), penalty=JacobianPenalty(), penalty_weight=1.0)(model, batch, KEY)
+    out.loss.backward()
+    assert not model.token_embedding.weight.grad.any()
+    assert not model.position_embedding.weight.grad.any()
+    assert all(p.grad.any() for name, p in model.core.named_parameters() if name.endswith("weight"))
+
+
+def test_last_step_penalty_sends_its_gradient_through_the_trajectory(model, batch):
+    out = STARSObjective(depth_sampler=FixedDepth(3), penalty=LastStepPenalty(), penalty_weight=1.0)(model, batch, KEY)
+    h0 = model.table(batch["input_ids"])
+    expected = ((model.weight**3 - model.weight**2) * h0).norm(dim=-1).mean()
+    assert out.penalty.item() == pytest.approx(expected.item())
+    parts = [model.weight, model.table.weight]
+    torch.testing.assert_close(torch.autograd.grad(out.loss, parts), torch.autograd.grad(expected, parts))
+
+
+@pytest.mark.parametrize("penalty", [LastStepPenalty(), JacobianPenalty(), JacobianPenalty("jvp")])
+def test_gradient_is_finite_when_the_state_has_converged_exactly(model, batch, penalty):
+    with torch.no_grad():
+        model.weight.fill_(1.0)  # Φ is the identity
+    STARSObjective(depth_sampler=FixedDepth(2), penalty=penalty, penalty_weight=0.5)(model, batch, KEY).loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def observe(key, fraction=0.5):
+    """Return depth, random number and penalised rows of one training step."""
+    model, penalty = Scaling(), Draw(fraction)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+        model.table.weight[:, 0] = torch.arange(VOCAB)  # the first entry names the sequence
+    objective = STARSObjective(depth_sampler=UniformDepth(1, 1000), penalty=penalty, penalty_weight=0.5)
+    inputs = torch.arange(VOCAB)[:, None]
+    out = objective(model, {"input_ids": inputs, "labels": inputs}, key)
+    return out.depth, out.penalty.item(), penalty.rows
+
+
+def test_every_draw_is_a_pure_function_of_seed_rank_and_micro_batch():
+    seen = {}
+    for seed, rank, micro_batch in itertools.product((0, 1), (0, 1), range(3)):
+        key = {"seed": seed, "rank": rank, "micro_batch": micro_batch}
+        torch.manual_seed(seed + rank)
+        first = observe(StepKey(**key))
+        torch.manual_seed(7)
+        assert observe(StepKey(**key, optimizer_step=5)) == first
+        seen[seed, rank, micro_batch] = first
+    depths, numbers, rows = zip(*seen.values(), strict=True)
+    assert len(set(numbers)) == len(seen)
+    assert len(set(map(tuple, rows))) > len(seen) / 2
+    # The depth leaves the rank out: unequal depths would dead-lock sharded training.
+    assert len(set(depths)) == len(seen) / 2
+    assert all(seen[s, 0, m][0] == seen[s, 1, m][0] for s, m in itertools.product((0, 1), range(3)))
+
+
+def test_depth_schedule_runs_in_optimizer_steps(model, batch):
+    stages = [DepthStage(start_step=0, sampler=FixedDepth(1)), DepthStage(start_step=2, sampler=FixedDepth(5))]
+    objective = STARSObjective(depth_sampler=ScheduledDepth(stages))
+    assert [objective(model, batch, StepKey(seed=0, micro_batch=9, optimizer_step=s)).depth for s in (1, 2)] == [1, 5]
+
+
+@pytest.mark.parametrize(("fraction", "size"), [(0.01, 1), (0.25, 1), (0.5, 2), (0.8, 3), (1.0, 4)])
+def test_a_fraction_is_an_unbiased_estimate_on_changing_rows(batch, fraction, size):
+    model = Scaling()
+    model.scales = torch.tensor([1.0, 2.0, 3.0, 5.0]).double()
+    gains = (0.5 * model.scales) ** 2
+    objective = STARSObjective(
+        depth_sampler=FixedDepth(1), penalty=JacobianPenalty("jvp", fraction), penalty_weight=0.5
+    )
+    steps = 300
+    values = [objective(model, batch, StepKey(seed=0, micro_batch=i)).penalty.item() for i in range(steps)]
+    possible = {round(sum(rows) / size, 6) for rows in itertools.combinations(gains.tolist(), size)}
+    assert {round(value, 6) for value in values} == possible
+    # Sampling without replacement from a population of 4.
+    error = math.sqrt(gains.var().item() / size * (1 - size / 4) / steps)
+    assert abs(sum(values) / steps - gains.mean().item()) <= 4 * error + 1e-9
+
+
+@pytest.mark.parametrize("fraction", [0.5, 1.0])
+def test_penalty_sees_the_mask_of_its_rows(model, fraction):
+    penalty = Draw(fraction)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+        model.table.weight[:, 0] = torch.arange(VOCAB)
+    inputs = torch.arange(4)[:, None].expand(-1, 3)
+    batch = {"input_ids": inputs, "labels": inputs, "attention_mask": torch.tensor([[1, 1, 1]]) * inputs}
+    STARSObjective(depth_sampler=FixedDepth(1), penalty=penalty, penalty_weight=0.5)(model, batch, KEY)
+    assert len(penalty.rows) == 4 * fraction
+    assert penalty.mask[:, 0].tolist() == penalty.rows
+
+
+@pytest.mark.parametrize("method", ["jvp", "finite_difference"])
+def test_dropout_is_off_inside_the_penalty_only(batch, method):
+    model = Scaling(dropout=0.5)
+    objective = STARSObjective(depth_sampler=FixedDepth(1), penalty=JacobianPenalty(method), penalty_weight=0.5)
+    first, second = objective(model, batch, KEY), objective(model, batch, KEY)
+    assert first.penalty.item() == pytest.approx(0.25)
+    assert not torch.equal(first.logits, second.logits)
+
+
+@pytest.mark.parametrize("penalty", [JacobianPenalty(), Failing()])
+def test_training_flags_are_restored_even_after_an_error(batch, penalty):
+    model = transformer(dropout=0.1).train()
+    model.core[0].ffn.eval()  # a part that its owner has frozen stays frozen
+    before = {name: module.training for name, module in model.named_modules()}
+    objective = STARSObjective(depth_sampler=FixedDepth(1), penalty=penalty, penalty_weight=0.5)
+    if isinstance(penalty, Failing):
+        with pytest.raises(RuntimeError, match="no penalty today"):
+            objective(model, batch, KEY)
+    else:
+        objective(model, batch, KEY)
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert len(set(before.values())) == 2
+
+
+@pytest.mark.parametrize("changes", [{}, {"norm_placement": "pre_norm", "positions": "rotary"}])
+def test_padding_changes_neither_loss_nor_gradient(batch, changes):
+    """LastStepPenalty is deterministic, so both losses can be compared."""
+    model = transformer(**changes)
+    objective = STARSObjective(depth_sampler=FixedDepth(2), penalty=LastStepPenalty(), penalty_weight=0.5)
+    padded = {
+        "input_ids": F.pad(batch["input_ids"], (1, 0), value=1),
+        "labels": F.pad(batch["labels"], (1, 0), value=-100),
+        "attention_mask": F.pad(torch.ones(4, 3), (1, 0)),
+    }
+    plain, left = (objective(model, data, KEY).loss for data in (batch, padded))
+    assert left.item() == pytest.approx(plain.item(), rel=1e-6)
+    torch.testing.assert_close(gradients(model, left), gradients(model, plain), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"penalty": JacobianPenalty(), "penalty_weight": 1.5}, r"`penalty_weight` \(λ\) must be in \[0, 1\], got 1.5"),
+        ({"penalty": JacobianPenalty()}, "go together, got JacobianPenalty with `penalty_weight` 0"),
+        ({"penalty_weight": 0.1}, "go together, got None with `penalty_weight` 0.1"),
+        ({"penalty_start_step": 5}, "`penalty_start_step` has no effect without a `penalty`, got 5"),
+        ({"penalty_ramp_steps": 5}, "`penalty_ramp_steps` has no effect without a `penalty`, got 5"),
+        ({"penalty_start_step": -1}, "`penalty_start_step` must be >= 0, got -1"),
+        ({"backprop_loops": 0}, "`backprop_loops` must be >= 1, got 0"),
+    ],
+)
+def test_wrong_and_ineffective_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        STARSObjective(depth_sampler=FixedDepth(1), **options)
