@@ -28,6 +28,7 @@ _HOME = {
     "PoissonDepth": "looplm.depth",
     "STARSObjective": "looplm.objective",
     "ScheduledDepth": "looplm.depth",
+    "StarsReleasePenalty": "looplm.stability.penalty",
     "UniformDepth": "looplm.depth",
     "generate": "looplm.generation",
     "unroll": "looplm.loop",
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
     from looplm.model import LoopedTransformer
     from looplm.module import LoopLM
     from looplm.objective import STARSObjective
-    from looplm.stability.penalty import JacobianPenalty, LastStepPenalty
+    from looplm.stability.penalty import JacobianPenalty, LastStepPenalty, StarsReleasePenalty
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,7 +18,7 @@ from looplm.loop import LoopedModel, LoopState, unroll
 from looplm.randomness import StepKey
 from looplm.stability.penalty import Penalty
 
-__all__ = ["ObjectiveOutput", "STARSObjective"]
+__all__ = ["ObjectiveOutput", "STARSObjective", "stability_term"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +134,7 @@ class STARSObjective:
         penalty = None
         loss = cross_entropy
         if self.penalty is not None and weight > 0:
-            penalty = self._penalty(self.penalty, model, state, previous, key)
+            penalty = stability_term(self.penalty, model, state, previous, key)
             loss = (1 - weight) * cross_entropy + weight * penalty
         return ObjectiveOutput(
             loss=loss,
@@ -146,31 +145,36 @@ class STARSObjective:
             logits=logits.detach(),
         )
 
-    @staticmethod
-    def _penalty(term: Penalty, model: LoopedModel, state: LoopState, previous: LoopState, key: StepKey) -> Tensor:
-        mask = state.context.get("attention_mask")
-        batch_size = _batch_size(state)
-        size = max(1, round(term.fraction * batch_size))
-        if size < batch_size:
-            rows = key.subset("penalty_rows", batch_size, size).to(_device(state))
-            state, previous = state.select(rows), previous.select(rows)
-            mask = None if mask is None else mask[rows]
 
-        def step_fn(hidden: Any) -> Any:
-            return model.step(LoopState(hidden, state.context, state.depth)).hidden
+def stability_term(term: Penalty, model: LoopedModel, state: LoopState, previous: LoopState, key: StepKey) -> Tensor:
+    """Compute a penalty at a state, on the share of the sequences it asks for, dropout off.
 
-        with _deterministic(model):
-            return term(step_fn, state.hidden, previous.hidden, mask, key.generator("penalty_vector", _device(state)))
+    Args:
+        term: The penalty.
+        model: Any looped model.
+        state: The final state h_t.
+        previous: The state before it.
+        key: Names the micro-batch; rows and vectors derive from it.
+
+    Returns:
+        The term, a scalar.
+    """
+    mask = state.context.get("attention_mask")
+    batch_size = _leaf(state).shape[0]
+    size = max(1, round(term.fraction * batch_size))
+    if size < batch_size:
+        rows = key.subset("penalty_rows", batch_size, size).to(_leaf(state).device)
+        state, previous = state.select(rows), previous.select(rows)
+        mask = None if mask is None else mask[rows]
+
+    def step_fn(hidden: Any) -> Any:
+        return model.step(LoopState(hidden, state.context, state.depth)).hidden
+
+    with _deterministic(model):
+        generator = key.generator("penalty_vector", _leaf(state).device)
+        return term(step_fn, state.hidden, previous.hidden, mask, generator)
 
 
 def _leaf(state: LoopState) -> Tensor:
     hidden = state.hidden
     return next(iter(hidden.values())) if isinstance(hidden, dict) else hidden
-
-
-def _batch_size(state: LoopState) -> int:
-    return _leaf(state).shape[0]
-
-
-def _device(state: LoopState) -> torch.device:
-    return _leaf(state).device

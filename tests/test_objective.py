@@ -93,7 +93,7 @@ def cross_entropy(model, batch, depth):
 
 @pytest.mark.parametrize("method", ["jvp", "finite_difference"])
 def test_loss_mixes_cross_entropy_and_penalty(model, batch, method):
-    objective = STARSObjective(depth_sampler=FixedDepth(3), penalty=JacobianPenalty(method), penalty_weight=0.3)
+    objective = STARSObjective(depth_sampler=FixedDepth(3), penalty=JacobianPenalty(method=method), penalty_weight=0.3)
     out = objective(model, batch, KEY)
     expected = 0.7 * cross_entropy(model, batch, 3) + 0.3 * model.weight**2
     assert out.loss.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -177,7 +177,7 @@ def test_last_step_penalty_sends_its_gradient_through_the_trajectory(model, batc
     torch.testing.assert_close(torch.autograd.grad(out.loss, parts), torch.autograd.grad(expected, parts))
 
 
-@pytest.mark.parametrize("penalty", [LastStepPenalty(), JacobianPenalty(), JacobianPenalty("jvp")])
+@pytest.mark.parametrize("penalty", [LastStepPenalty(), JacobianPenalty(), JacobianPenalty(method="jvp")])
 def test_gradient_is_finite_when_the_state_has_converged_exactly(model, batch, penalty):
     with torch.no_grad():
         model.weight.fill_(1.0)  # Φ is the identity
@@ -226,7 +226,7 @@ def test_a_fraction_is_an_unbiased_estimate_on_changing_rows(batch, fraction, si
     model.scales = torch.tensor([1.0, 2.0, 3.0, 5.0]).double()
     gains = (0.5 * model.scales) ** 2
     objective = STARSObjective(
-        depth_sampler=FixedDepth(1), penalty=JacobianPenalty("jvp", fraction), penalty_weight=0.5
+        depth_sampler=FixedDepth(1), penalty=JacobianPenalty(method="jvp", fraction=fraction), penalty_weight=0.5
     )
     steps = 300
     values = [objective(model, batch, StepKey(seed=0, micro_batch=i)).penalty.item() for i in range(steps)]
@@ -253,7 +253,7 @@ def test_penalty_sees_the_mask_of_its_rows(model, fraction):
 @pytest.mark.parametrize("method", ["jvp", "finite_difference"])
 def test_dropout_is_off_inside_the_penalty_only(batch, method):
     model = Scaling(dropout=0.5)
-    objective = STARSObjective(depth_sampler=FixedDepth(1), penalty=JacobianPenalty(method), penalty_weight=0.5)
+    objective = STARSObjective(depth_sampler=FixedDepth(1), penalty=JacobianPenalty(method=method), penalty_weight=0.5)
     first, second = objective(model, batch, KEY), objective(model, batch, KEY)
     assert first.penalty.item() == pytest.approx(0.25)
     assert not torch.equal(first.logits, second.logits)

@@ -149,7 +149,7 @@ def spectral_radius(
         mask: ``(B, T)`` or None.
         num_products: Number of products in all.
         burn_in: Number of products left out of the mean; None: four fifths.
-        method: The product. Gradient with respect to parameters, if recorded, is that of the last product alone.
+        method: The product. The gradient, if recorded, is ``ρ · ∇ log‖Jv_k‖`` of the last product.
 
     Returns:
         ``(B,)``.
@@ -175,5 +175,6 @@ def spectral_radius(
             if index >= burn_in:
                 logs.append(norm.log())
     norm, _ = growth(product(step_fn, hidden, vector), mask)
-    logs.append(norm.log())
-    return torch.stack(logs).mean(0).exp()
+    logs.append(norm.detach().log())
+    # The value is the geometric mean; its gradient is that of the last product, not a share of it.
+    return torch.stack(logs).mean(0).exp() * (norm / norm.detach())

@@ -6,16 +6,19 @@ Takes callables and states; knows no model, no loss and no training.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from looplm.stability.products import PRODUCTS, ProductName
-from looplm.stability.vectors import Hidden, StepFn, mask_padding, random_unit, squared_norm
+from looplm.stability.estimators import spectral_norm, spectral_radius
+from looplm.stability.products import PRODUCTS, ProductName, vjp
+from looplm.stability.vectors import Hidden, StepFn, batch_unit, mask_padding, random_unit, squared_norm
 
-__all__ = ["JacobianPenalty", "LastStepPenalty", "Penalty"]
+__all__ = ["JacobianPenalty", "LastStepPenalty", "Penalty", "Quantity", "StarsReleasePenalty"]
+
+Quantity: TypeAlias = Literal["mean_gain", "spectral_radius", "spectral_norm"]
 
 
 class Penalty(ABC):
@@ -45,20 +48,37 @@ class Penalty(ABC):
 
 
 class JacobianPenalty(Penalty):
-    """Jacobian Spectral Radius Regularization (JSRR): ``mean_i ‖J⁽ⁱ⁾v⁽ⁱ⁾‖²``, v⁽ⁱ⁾ a random unit vector.
+    """``mean_i max(q_i − target, 0)``, q_i a measure of the Jacobian of Φ at the final state of sequence i.
 
-    The paper's regulariser, with one vector a sequence. J is the Jacobian of Φ at the final state, which is detached:
-    no gradient enters the trajectory. Input and output are restricted to real positions. In expectation over v the term
-    is ``‖J‖_F² / n`` with n = real positions × width: a mean-square gain, which the paper uses as a cheap stand-in for
-    the spectral radius.
+    The state is detached: no gradient enters the trajectory. Input and output are restricted to real positions. With
+    the defaults this is the paper's Jacobian Spectral Radius Regularization (JSRR), with one random vector a sequence:
+    ``mean_i ‖J⁽ⁱ⁾v⁽ⁱ⁾‖²``. In expectation over v that is ``‖J‖_F² / n`` with n = real positions × width, a mean-square
+    gain, which the paper uses as a cheap stand-in for the spectral radius.
+
+    =================== ==================================================== ========================
+    quantity            q_i                                                  products
+    =================== ==================================================== ========================
+    ``mean_gain``       ``‖Jv‖²``, v random                                  1
+    ``spectral_radius`` geometric mean of the growth of ``Jᵏv``, late k      ``num_iterations``
+    ``spectral_norm``   ``‖Jv‖`` after power iteration on ``JᵀJ``            ``2·num_iterations + 1``
+    =================== ==================================================== ========================
+
+    Only the last product has a gradient; for ``spectral_radius`` it is ``ρ · ∇ log‖Jv_k‖``, v_k being what the start-up
+    products made of v.
 
     Args:
-        method: The product, ``finite_difference`` (default) or ``jvp`` (exact).
+        quantity: What is penalised.
+        method: The product: ``finite_difference`` (any kernel) or ``jvp`` (exact).
+        num_iterations: Products (``spectral_radius``, at least 2) or applications of ``JᵀJ`` (``spectral_norm``); 1 for
+            ``mean_gain``.
+        target: No penalty below it; a target < 1 for the spectral radius asks for stability and no more.
         fraction: Share of the sequences, drawn at random each step, on which the term is computed: an unbiased
             estimate at a fraction of the cost.
+        lookahead: Take the Jacobian not at h_t but after a number of further loops without gradient, drawn uniformly
+            from 0 to ``lookahead``: nearer to the fixed point.
 
     Raises:
-        ValueError: If ``method`` is unknown or ``fraction`` is outside (0, 1].
+        ValueError: If a value is outside its range or has no effect.
 
     Example:
         >>> penalty = JacobianPenalty(method="jvp")
@@ -67,13 +87,36 @@ class JacobianPenalty(Penalty):
         0.25
     """
 
-    def __init__(self, method: ProductName = "finite_difference", fraction: float = 1.0) -> None:
+    def __init__(
+        self,
+        quantity: Quantity = "mean_gain",
+        method: ProductName = "finite_difference",
+        num_iterations: int = 1,
+        target: float = 0.0,
+        fraction: float = 1.0,
+        lookahead: int = 0,
+    ) -> None:
+        if quantity not in get_args(Quantity):
+            raise ValueError(f"`quantity` must be one of {get_args(Quantity)}, got {quantity!r}.")
         if method not in PRODUCTS:
             raise ValueError(f"`method` must be one of {get_args(ProductName)}, got {method!r}.")
+        least, most = {"mean_gain": (1, 1), "spectral_radius": (2, 10_000), "spectral_norm": (1, 10_000)}[quantity]
+        if not least <= num_iterations <= most:
+            raise ValueError(
+                f"`num_iterations` must be in [{least}, {most}] for `quantity: {quantity}`, got {num_iterations}."
+            )
         if not 0 < fraction <= 1:
             raise ValueError(f"`fraction` must be in (0, 1], got {fraction}.")
+        if target < 0:
+            raise ValueError(f"`target` must be >= 0, got {target}.")
+        if lookahead < 0:
+            raise ValueError(f"`lookahead` must be >= 0, got {lookahead}.")
+        self.quantity = quantity
         self.method = method
+        self.num_iterations = num_iterations
+        self.target = target
         self.fraction = fraction
+        self.lookahead = lookahead
 
     def __call__(
         self,
@@ -83,11 +126,59 @@ class JacobianPenalty(Penalty):
         mask: Tensor | None,
         generator: torch.Generator,
     ) -> Tensor:
-        """Return ``mean_i ‖J⁽ⁱ⁾v⁽ⁱ⁾‖²``, a scalar; see :meth:`Penalty.__call__`."""
+        """Return the penalty, a scalar; see :meth:`Penalty.__call__`."""
+        hidden = self._ahead(step_fn, pytree.tree_map(lambda x: x.detach(), hidden), generator)
+        measured = self._measure(step_fn, hidden, mask, generator)
+        return measured.mean() if self.target == 0 else (measured - self.target).clamp_min(0).mean()
+
+    def _ahead(self, step_fn: StepFn, hidden: Hidden, generator: torch.Generator) -> Hidden:
+        if self.lookahead:
+            num_loops = int(torch.randint(self.lookahead + 1, (), generator=generator, device=generator.device))
+            with torch.no_grad():
+                for _ in range(num_loops):
+                    hidden = step_fn(hidden)
+        return hidden
+
+    def _measure(self, step_fn: StepFn, hidden: Hidden, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+        if self.quantity == "mean_gain":
+            product = PRODUCTS[self.method](step_fn, hidden, random_unit(hidden, mask, generator))
+            return squared_norm(mask_padding(product, mask))
+        if self.quantity == "spectral_radius":
+            return spectral_radius(
+                step_fn, hidden, generator=generator, mask=mask, num_products=self.num_iterations, method=self.method
+            )
+        return spectral_norm(
+            step_fn, hidden, generator=generator, mask=mask, num_iterations=self.num_iterations, method=self.method
+        )
+
+
+class StarsReleasePenalty(Penalty):
+    """The authors' released estimate, for comparison: ``‖vᵀJ‖²`` with one v, normalised over batch × tokens × width.
+
+    Sequences are independent, so J is block-diagonal over the batch and the value is the mean over all sequences with a
+    single draw; padding is not left out. Reverse mode differentiated a second time, so attention takes its mathematical
+    form. :class:`JacobianPenalty` has the same expectation
+    where nothing is padded, at a lower cost and with a vector a sequence.
+
+    Example:
+        >>> h = torch.zeros(3, 5)
+        >>> round(StarsReleasePenalty()(lambda x: 0.5 * x, h, h, None, torch.Generator()).item(), 4)
+        0.25
+    """
+
+    def __call__(
+        self,
+        step_fn: StepFn,
+        hidden: Hidden,
+        previous: Hidden,
+        mask: Tensor | None,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Return ``‖vᵀJ‖²``, a scalar; see :meth:`Penalty.__call__`."""
         hidden = pytree.tree_map(lambda x: x.detach(), hidden)
-        vector = random_unit(hidden, mask, generator)
-        product = PRODUCTS[self.method](step_fn, hidden, vector)
-        return squared_norm(mask_padding(product, mask)).mean()
+        vector = batch_unit(hidden, generator)
+        with torch.enable_grad():
+            return squared_norm(vjp(step_fn, hidden, vector)).sum()
 
 
 class LastStepPenalty(Penalty):

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 __all__ = [
     "Hidden",
     "StepFn",
+    "batch_unit",
     "flatten",
     "mask_padding",
     "num_real",
@@ -95,6 +96,14 @@ def num_real(hidden: Hidden, mask: Tensor | None) -> Tensor:
     return squared_norm(mask_padding(pytree.tree_map(torch.ones_like, hidden), mask))
 
 
+def _normal(hidden: Hidden, generator: torch.Generator) -> Hidden:
+    def draw(x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return torch.randn(x.shape, generator=generator, device=generator.device, dtype=dtype).to(x.device)
+
+    return pytree.tree_map(draw, hidden)
+
+
 def random_unit(hidden: Hidden, mask: Tensor | None, generator: torch.Generator) -> Hidden:
     """Draw for each sequence a vector v, uniform on the unit sphere of its real positions.
 
@@ -103,11 +112,13 @@ def random_unit(hidden: Hidden, mask: Tensor | None, generator: torch.Generator)
         mask: ``(B, T)`` or None, see :func:`mask_padding`.
         generator: The source of the draw; its device decides where it is drawn.
     """
-
-    def normal(x: Tensor) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        return torch.randn(x.shape, generator=generator, device=generator.device, dtype=dtype).to(x.device)
-
-    vector = mask_padding(pytree.tree_map(normal, hidden), mask)
+    vector = mask_padding(_normal(hidden, generator), mask)
     unit = scale(vector, squared_norm(vector).clamp_min(torch.finfo(torch.float32).tiny).rsqrt())
     return pytree.tree_map(lambda v, x: v.to(x.dtype), unit, hidden)
+
+
+def batch_unit(hidden: Hidden, generator: torch.Generator) -> Hidden:
+    """Draw one vector for the whole batch, uniform on the unit sphere of batch × tokens × width; arguments as above."""
+    vector = _normal(hidden, generator)
+    norm = squared_norm(vector).sum().sqrt()
+    return pytree.tree_map(lambda v, x: (v / norm).to(x.dtype), vector, hidden)

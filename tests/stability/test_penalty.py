@@ -6,7 +6,7 @@ import torch
 from looplm.config import LoopedConfig
 from looplm.loop import LoopState
 from looplm.model import LoopedTransformer
-from looplm.stability.penalty import JacobianPenalty, LastStepPenalty
+from looplm.stability.penalty import JacobianPenalty, LastStepPenalty, StarsReleasePenalty
 from looplm.stability.vectors import random_unit
 
 BATCH, LENGTH, WIDTH = 3, 4, 8
@@ -90,7 +90,7 @@ def test_penalty_equals_the_dense_jacobian_at_real_positions(norm_placement, nor
     ]
     expected = torch.stack(gains).mean().item()
     for method in METHODS:
-        value = JacobianPenalty(method)(step_fn, hidden, hidden, mask, generator(3)).item()
+        value = JacobianPenalty(method=method)(step_fn, hidden, hidden, mask, generator(3)).item()
         assert value == pytest.approx(expected, rel=1e-5)
 
 
@@ -107,7 +107,7 @@ def test_penalty_is_the_mean_square_gain_in_expectation(method, padding):
         variances.append(2 * (n * (gram @ gram).trace() - gram.trace() ** 2) / (n**2 * (n + 2)))
     many = None if mask is None else mask.repeat(copies, 1)
     _, step_fn, hidden = build(mask=many, batch=copies * BATCH)
-    value = JacobianPenalty(method)(step_fn, hidden, hidden, many, generator()).item()
+    value = JacobianPenalty(method=method)(step_fn, hidden, hidden, many, generator()).item()
     error = (sum(variances) / copies).sqrt() / BATCH
     assert abs(value - sum(means) / BATCH) < 4 * error
     # The test can tell the mean-square gain from its neighbours, such as the squared norm without 1/n.
@@ -121,7 +121,7 @@ def test_gradient_equals_numerical_differentiation(norm_placement, norm_type, me
     parameters = [*model.core.parameters(), *model.injection.parameters()]
 
     def value(by=method):
-        return JacobianPenalty(by)(step_fn, hidden, hidden, MASKS["left"], generator(3))
+        return JacobianPenalty(method=by)(step_fn, hidden, hidden, MASKS["left"], generator(3))
 
     gradients = torch.autograd.grad(value(), parameters, materialize_grads=True)
     draw = generator(9)
@@ -143,7 +143,7 @@ def test_gradient_equals_numerical_differentiation(norm_placement, norm_type, me
 def test_gradient_reaches_the_parameters_but_not_the_trajectory(method):
     model, step_fn, hidden = build()
     hidden.requires_grad_()
-    JacobianPenalty(method)(step_fn, hidden, hidden, None, generator()).backward()
+    JacobianPenalty(method=method)(step_fn, hidden, hidden, None, generator()).backward()
     assert hidden.grad is None
     assert all(p.grad.abs().max() > 0 for name, p in model.core.named_parameters() if name.endswith("weight"))
 
@@ -153,7 +153,7 @@ def test_each_sequence_has_its_own_vector(method):
     """One vector for a whole batch would weigh the sequences by its share in each."""
     scales = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)[:, None, None]
     hidden = torch.randn(3, 4, 5, generator=generator(), dtype=torch.float64)
-    value = JacobianPenalty(method)(lambda h: scales * h, hidden, hidden, None, generator())
+    value = JacobianPenalty(method=method)(lambda h: scales * h, hidden, hidden, None, generator())
     assert value.item() == pytest.approx((1 + 4 + 9) / 3)
 
 
@@ -162,7 +162,7 @@ def test_contents_of_padded_positions_do_not_matter(method):
     mask = MASKS["right"]
     _, step_fn, hidden = build(mask=mask)
     noisy = torch.where(mask[..., None].bool(), hidden, torch.randn(hidden.shape, generator=generator()).double())
-    values = [JacobianPenalty(method)(step_fn, h, h, mask, generator(3)).item() for h in (hidden, noisy)]
+    values = [JacobianPenalty(method=method)(step_fn, h, h, mask, generator(3)).item() for h in (hidden, noisy)]
     assert values[0] == pytest.approx(values[1], rel=1e-8)
 
 
@@ -173,7 +173,7 @@ def test_degenerate_sequences_give_finite_values_and_gradients(method, size):
     hidden = size * torch.ones(2, LENGTH, WIDTH)
     mask = torch.tensor([[0, 0, 0, 0], [0, 1, 1, 1]])
     weight = torch.eye(WIDTH).requires_grad_()
-    value = JacobianPenalty(method)(lambda h: h @ weight, hidden, hidden, mask, generator())
+    value = JacobianPenalty(method=method)(lambda h: h @ weight, hidden, hidden, mask, generator())
     assert value.item() == pytest.approx(1 / 2, rel=1e-3)  # the padded sequence has gain 0
     (gradient,) = torch.autograd.grad(value, weight)
     assert gradient.isfinite().all()
@@ -184,7 +184,7 @@ def test_degenerate_sequences_give_finite_values_and_gradients(method, size):
 def test_penalty_takes_dict_states(method):
     hidden = {"tokens": torch.ones(2, 3, 2).double(), "memory": torch.ones(2, 5).double()}
     mask = torch.tensor([[1, 1, 1], [0, 0, 1]])
-    value = JacobianPenalty(method)(
+    value = JacobianPenalty(method=method)(
         lambda h: {name: 0.5 * part for name, part in h.items()}, hidden, hidden, mask, generator()
     )
     assert value.item() == pytest.approx(0.25)
@@ -192,7 +192,7 @@ def test_penalty_takes_dict_states(method):
 
 def test_unknown_method_and_empty_fraction_are_refused():
     with pytest.raises(ValueError, match=r"`method` must be one of \('finite_difference', 'jvp'\), got 'vjp'"):
-        JacobianPenalty("vjp")
+        JacobianPenalty(method="vjp")
     for fraction in (0.0, 1.1):
         with pytest.raises(ValueError, match=rf"`fraction` must be in \(0, 1\], got {fraction}"):
             JacobianPenalty(fraction=fraction)
@@ -234,3 +234,81 @@ def test_last_step_takes_dict_states_and_fully_padded_batches():
     expected = (2 * 5 * 2**0.5 + 2 * 2) / 4  # two real positions and two parts without positions
     assert last_step(now, before, mask).item() == pytest.approx(expected)
     assert last_step(now["tokens"], before["tokens"], torch.zeros(2, 3)).item() == 0
+
+
+# Quantities beyond the paper's
+
+
+def test_release_penalty_is_one_batch_wide_vector_through_the_transposed_jacobian() -> None:
+    hidden = torch.randn(3, 5, dtype=torch.float64)
+    weight = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
+
+    def step_fn(h: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(h @ weight.T)
+
+    value = StarsReleasePenalty()(step_fn, hidden, hidden, None, torch.Generator().manual_seed(5))
+    v = torch.randn(3, 5, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    v = v / v.norm()
+    state = hidden.clone().requires_grad_()
+    (product,) = torch.autograd.grad(step_fn(state), state, v, create_graph=True)
+    torch.testing.assert_close(value, product.square().sum())
+    (ours,) = torch.autograd.grad(value, weight, retain_graph=True)
+    (plain,) = torch.autograd.grad(product.square().sum(), weight)
+    torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize(("quantity", "expected"), [("spectral_radius", 0.8), ("spectral_norm", 0.8)])
+def test_a_hinge_penalises_only_what_exceeds_the_target(quantity: str, expected: float) -> None:
+    gains = torch.tensor([[0.8, 0.1], [0.3, 0.2]], dtype=torch.float64, requires_grad=True)
+    hidden = torch.ones(2, 2, dtype=torch.float64)
+
+    def measure(target: float) -> torch.Tensor:
+        penalty = JacobianPenalty(quantity=quantity, method="jvp", num_iterations=60, target=target)  # type: ignore[arg-type]
+        return penalty(lambda h: h * gains, hidden, hidden, None, torch.Generator().manual_seed(0))
+
+    assert measure(0.0).item() == pytest.approx((expected + 0.3) / 2, rel=1e-6)
+    above = measure(0.5)
+    assert above.item() == pytest.approx((expected - 0.5) / 2, rel=1e-6)
+    above.backward()
+    assert gains.grad is not None
+    # d/dg of (g − 0.5)/2 at the one direction above the target, nothing elsewhere
+    torch.testing.assert_close(
+        gains.grad, torch.tensor([[0.5, 0.0], [0.0, 0.0]], dtype=torch.float64), atol=1e-6, rtol=0
+    )
+    assert measure(0.9).item() == 0.0
+
+
+def test_lookahead_measures_nearer_to_the_fixed_point_without_gradient_into_the_loops() -> None:
+    rate = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    calls = []
+
+    def step_fn(h: torch.Tensor) -> torch.Tensor:
+        calls.append(torch.is_grad_enabled())
+        return rate * h + h**3  # gain rate + 3h²: smaller nearer to 0
+
+    hidden = torch.full((1, 1), 0.4, dtype=torch.float64)
+    values = set()
+    for seed in range(12):
+        penalty = JacobianPenalty(method="jvp", lookahead=3)
+        values.add(round(penalty(step_fn, hidden, hidden, None, torch.Generator().manual_seed(seed)).item(), 9))
+    h, expected = 0.4, set()
+    for _ in range(4):
+        expected.add(round((0.5 + 3 * h**2) ** 2, 9))
+        h = 0.5 * h + h**3
+    assert values == expected
+    assert calls.count(True) == 12  # the product alone records a gradient
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"quantity": "trace"}, "quantity"),
+        ({"num_iterations": 3}, "num_iterations"),
+        ({"quantity": "spectral_radius"}, "num_iterations"),
+        ({"target": -1.0}, "target"),
+        ({"lookahead": -1}, "lookahead"),
+    ],
+)
+def test_a_setting_out_of_range_or_without_effect_is_an_error(arguments: dict, named: str) -> None:
+    with pytest.raises(ValueError, match=f"`{named}`"):
+        JacobianPenalty(**arguments)
