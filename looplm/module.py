@@ -176,12 +176,20 @@ class LoopLM(L.LightningModule):
         )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Build the optimiser and its schedule over ``max_steps``."""
+        """Build the optimiser and its schedule over the run's optimiser steps.
+
+        Raises:
+            InputError: If the run has no last step.
+        """
         optimizer = self.optimizer(self.parameters())
-        max_steps = int(self.trainer.estimated_stepping_batches)
+        max_steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(max_steps) or max_steps < 1:
+            raise InputError(
+                f"`trainer.max_steps` must be >= 1, since the training stream has no end, got {self.trainer.max_steps}."
+            )
 
         def factor(step: int) -> float:
-            return self.lr_schedule.factor(step, max_steps)
+            return self.lr_schedule.factor(step, int(max_steps))
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
