@@ -1,0 +1,71 @@
+"""Every shipped config trains, validates and tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import looplm
+from looplm.cli import main
+
+CONF = Path(looplm.__file__).parents[1] / "conf"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+CONFIGS = sorted(CONF.rglob("*.yaml"))
+# A file that is no whole run is an overlay on the base.yaml beside it.
+WHOLE = [path for path in CONFIGS if {"trainer", "model", "data"} <= _read(path).keys()]
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(CONF))
+
+
+def _merged(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
+    both = {
+        key: _merged(base[key], overlay[key]) for key in base.keys() & overlay.keys() if isinstance(base[key], dict)
+    }
+    return {**base, **overlay, **both}
+
+
+def test_there_are_whole_configs() -> None:
+    assert CONF / "stars.yaml" in WHOLE
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=_name)
+def test_config_trains_a_step_and_validates(path: Path, tmp_path: Path) -> None:
+    # One step at a small size: what is tested is that every key exists and every object can be built.
+    files = [path] if path in WHOLE else [path.with_name("base.yaml"), path]
+    argv = [argument for file in files for argument in ("--config", str(file))]
+    argv += [f"--trainer.default_root_dir={tmp_path}", "--trainer.accelerator=cpu", "--trainer.devices=1"]
+    argv += ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+    argv += ["--trainer.max_steps=1", "--trainer.val_check_interval=1", "--trainer.check_val_every_n_epoch=null"]
+    argv += ["--trainer.limit_val_batches=1", "--trainer.limit_test_batches=1", "--trainer.num_sanity_val_steps=0"]
+    argv += ["--data.batch_size=2", "--data.eval_batch_size=2", "--data.num_val=2"]
+    argv += ["--model.val_depths=[1,2]", "--model.test_depths=[0,3]"]
+    if "test_file" in _read(files[0])["data"]["init_args"]:
+        # Shipped data is named relative to the repository, where the configs are run.
+        argv.append(f"--data.test_file={CONF.parent / _read(files[0])['data']['init_args']['test_file']}")
+    assert main(["fit", *argv]) == 0
+    assert (tmp_path / "val_curve.csv").is_file()
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["hyper_parameters"]["config"]
+    wanted = _merged(_read(files[0]), _read(path))["model"]["config"]
+    assert wanted.items() <= saved.items()
+    if path in WHOLE:
+        assert main(["test", *argv]) == 0
+        assert (tmp_path / "test_curve.csv").is_file()
+
+
+@pytest.mark.parametrize("path", WHOLE, ids=_name)
+def test_whole_config_names_its_own_run_directory(path: Path) -> None:
+    folders = [_read(other)["trainer"]["default_root_dir"] for other in WHOLE]
+    # Two runs in one directory would overwrite each other.
+    assert folders.count(_read(path)["trainer"]["default_root_dir"]) == 1

@@ -1,0 +1,248 @@
+"""A run that is interrupted and resumed ends with the weights, bit for bit, of one that was not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from looplm import (
+    ArithmeticDataModule,
+    FixedDepth,
+    JacobianPenalty,
+    LogNormalDepth,
+    LoopedConfig,
+    LoopLM,
+    ScheduledDepth,
+    STARSObjective,
+    UniformDepth,
+)
+from looplm.cli import main
+from looplm.corpora.arithmetic import DigitStage
+from looplm.depth import DepthStage
+from looplm.module import LRSchedule
+
+
+class _Stop(Exception):
+    """The interruption."""
+
+
+class _StopAt(L.Callback):
+    """Interrupts training in the middle of micro-batch ``micro_batch``, after its backward pass."""
+
+    def __init__(self, micro_batch: int) -> None:
+        self.left = micro_batch
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise _Stop
+
+
+class _Seen(L.Callback):
+    """Records which problems were trained on, at which depth."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, float]] = []
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.rows.append((int(batch["index"][0]), float(trainer.callback_metrics["train/depth"])))
+
+
+PENALISED = STARSObjective(
+    depth_sampler=UniformDepth(1, 5),
+    penalty=JacobianPenalty(fraction=0.5),
+    penalty_weight=0.2,
+    penalty_start_step=2,
+    penalty_ramp_steps=3,
+)
+SCHEDULED = STARSObjective(
+    depth_sampler=ScheduledDepth(
+        [
+            DepthStage(start_step=0, sampler=FixedDepth(2)),
+            DepthStage(start_step=3, sampler=LogNormalDepth(mu=1.0, sigma=0.5, max_depth=6)),
+        ]
+    )
+)
+RANDOM = STARSObjective(depth_sampler=UniformDepth(1, 5))
+
+
+def _module(objective: STARSObjective, dropout: float, data: ArithmeticDataModule) -> LoopLM:
+    config = LoopedConfig(
+        vocab_size=data.vocab_size,
+        max_positions=data.max_positions,
+        width=16,
+        num_heads=2,
+        ffn_width=32,
+        dropout=dropout,
+    )
+    return LoopLM(config, objective, lr_schedule=LRSchedule(warmup_steps=2), val_depths=[1, 3], seed=5)
+
+
+def _fit(
+    folder: Path,
+    objective: STARSObjective,
+    *callbacks: L.Callback,
+    dropout: float = 0.0,
+    accumulate: int = 1,
+    save_every: int = 1,
+    validate_every: int = 3,
+    max_steps: int = 7,
+    ckpt_path: Path | None = None,
+) -> tuple[dict[str, torch.Tensor], list[tuple[int, float]]]:
+    stages = [
+        DigitStage(start_step=0, min_digits=1, max_digits=1),
+        DigitStage(start_step=3, min_digits=2, max_digits=2),
+    ]
+    data = ArithmeticDataModule(
+        min_digits=2, max_digits=2, digit_stages=stages, batch_size=8, num_val=8, eval_batch_size=4, seed=5
+    )
+    module, seen = _module(objective, dropout, data), _Seen()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=max_steps,
+        accumulate_grad_batches=accumulate,
+        val_check_interval=validate_every,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=2,
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[ModelCheckpoint(folder, save_last=True, every_n_train_steps=save_every), seen, *callbacks],
+    )
+    # What another part of the process drew from the global generators must not matter.
+    torch.manual_seed(time.time_ns() % 1000)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    except _Stop:
+        pass
+    return module.state_dict(), seen.rows
+
+
+def _assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+@pytest.mark.parametrize(
+    ("objective", "dropout", "accumulate", "save_every", "stop"),
+    [
+        pytest.param(RANDOM, 0.0, 1, 1, 4, id="random-depth"),
+        pytest.param(RANDOM, 0.0, 1, 3, 3, id="saved-where-validation-runs"),
+        pytest.param(RANDOM, 0.0, 1, 3, 5, id="steps-since-the-checkpoint-are-run-again"),
+        pytest.param(RANDOM, 0.2, 1, 2, 3, id="dropout"),
+        pytest.param(RANDOM, 0.2, 2, 1, 7, id="accumulation-stopped-within-a-step"),
+        pytest.param(RANDOM, 0.0, 2, 3, 9, id="accumulation-stopped-later"),
+        pytest.param(PENALISED, 0.1, 1, 1, 5, id="penalty-within-its-ramp"),
+        pytest.param(PENALISED, 0.1, 2, 1, 6, id="penalty-with-accumulation"),
+        pytest.param(SCHEDULED, 0.0, 1, 1, 2, id="schedule-stopped-before-its-switch"),
+        pytest.param(SCHEDULED, 0.0, 2, 1, 8, id="schedule-stopped-after-its-switch"),
+    ],
+)
+def test_resumed_run_has_the_weights_of_an_undisturbed_one(
+    tmp_path: Path, objective: STARSObjective, dropout: float, accumulate: int, save_every: int, stop: int
+) -> None:
+    options: dict[str, Any] = {"dropout": dropout, "accumulate": accumulate, "save_every": save_every}
+    undisturbed, all_rows = _fit(tmp_path / "whole", objective, **options)
+    before, first_rows = _fit(tmp_path / "cut", objective, _StopAt(stop), **options)
+    assert not torch.equal(before["model.token_embedding.weight"], undisturbed["model.token_embedding.weight"])
+
+    resumed, rows = _fit(tmp_path / "cut", objective, ckpt_path=tmp_path / "cut" / "last.ckpt", **options)
+
+    _assert_equal(resumed, undisturbed)
+    steps_kept = stop // accumulate // save_every * save_every
+    assert first_rows == all_rows[:stop]
+    assert rows == all_rows[steps_kept * accumulate :]
+
+
+def test_run_may_be_interrupted_twice(tmp_path: Path) -> None:
+    undisturbed, _ = _fit(tmp_path / "whole", RANDOM, dropout=0.1)
+    last = tmp_path / "cut" / "last.ckpt"
+    _fit(tmp_path / "cut", RANDOM, _StopAt(2), dropout=0.1)
+    _fit(tmp_path / "cut", RANDOM, _StopAt(3), dropout=0.1, ckpt_path=last)
+    resumed, _ = _fit(tmp_path / "cut", RANDOM, dropout=0.1, ckpt_path=last)
+    _assert_equal(resumed, undisturbed)
+
+
+def test_killed_process_resumes_bit_identically(tmp_path: Path, write_config: Any) -> None:
+    # Enough steps that the process is still training when the first checkpoint is seen.
+    config = write_config(
+        trainer__max_steps=60,
+        trainer__val_check_interval=1000,
+        checkpoint__every_n_train_steps=7,
+        model__config__dropout=0.1,
+        # Slow steps: the kill arrives in the middle.
+        model__objective={
+            "depth_sampler": {"class_path": "UniformDepth", "init_args": {"min_depth": 30, "max_depth": 60}}
+        },
+    )
+    fit = ["fit", "--config", str(config)]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    last = killed / "checkpoints" / "last.ckpt"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "looplm", *fit, f"--trainer.default_root_dir={killed}"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 120
+    while not last.exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+    assert torch.load(last, weights_only=True)["global_step"] < 60
+    assert main([*fit, f"--trainer.default_root_dir={killed}", "--ckpt_path=last"]) == 0
+    assert main([*fit, f"--trainer.default_root_dir={whole}"]) == 0
+
+    resumed, undisturbed = (
+        torch.load(root / "checkpoints" / "last.ckpt", weights_only=True) for root in (killed, whole)
+    )
+    assert resumed["global_step"] == undisturbed["global_step"] == 60
+    _assert_equal(resumed["state_dict"], undisturbed["state_dict"])
+
+
+def test_last_checkpoint_holds_the_last_step_and_a_longer_run_continues_from_it(
+    tmp_path: Path, write_config: Any
+) -> None:
+    # 3 is no multiple of the 2 steps between checkpoints. A constant learning rate: the schedule spans `max_steps`.
+    config = write_config(model__lr_schedule={"min_ratio": 1.0}, checkpoint__every_n_train_steps=2)
+    grown, whole = tmp_path / "grown", tmp_path / "whole"
+
+    def state(root: Path) -> dict[str, Any]:
+        return torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
+
+    fit = ["fit", "--config", str(config)]
+    assert main([*fit, f"--trainer.default_root_dir={grown}", "--trainer.max_steps=3"]) == 0
+    assert state(grown)["global_step"] == 3
+    assert main([*fit, f"--trainer.default_root_dir={grown}", "--trainer.max_steps=6", "--ckpt_path=last"]) == 0
+    assert main([*fit, f"--trainer.default_root_dir={whole}", "--trainer.max_steps=6"]) == 0
+
+    _assert_equal(state(grown)["state_dict"], state(whole)["state_dict"])
+
+
+def test_second_fit_in_a_directory_replaces_the_last_checkpoint(tmp_path: Path, write_config: Any) -> None:
+    # `test` reads last.ckpt; a version beside it would leave it with the weights of the run before.
+    fit = ["fit", "--config", str(write_config()), f"--trainer.default_root_dir={tmp_path / 'run'}"]
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert main(fit) == 0
+    first = torch.load(checkpoints / "last.ckpt", weights_only=True)["state_dict"]
+    assert main([*fit, "--seed_everything=1"]) == 0
+    second = torch.load(checkpoints / "last.ckpt", weights_only=True)["state_dict"]
+    assert not torch.equal(first["model.token_embedding.weight"], second["model.token_embedding.weight"])
+    assert [path.name for path in checkpoints.glob("last*")] == ["last.ckpt"]
