@@ -19,6 +19,7 @@ _HOME = {
     "FixedDepth": "looplm.depth",
     "JacobianPenalty": "looplm.stability.penalty",
     "LastStepPenalty": "looplm.stability.penalty",
+    "LatentDynamicsMonitor": "looplm.callbacks.latent_dynamics",
     "LogNormalDepth": "looplm.depth",
     "LoopLM": "looplm.module",
     "LoopState": "looplm.loop",
@@ -29,8 +30,10 @@ _HOME = {
     "STARSObjective": "looplm.objective",
     "ScheduledDepth": "looplm.depth",
     "StarsReleasePenalty": "looplm.stability.penalty",
+    "StabilityWarning": "looplm.callbacks.stability_warning",
     "UniformDepth": "looplm.depth",
     "generate": "looplm.generation",
+    "predictions_at_depths": "looplm.generation",
     "unroll": "looplm.loop",
 }
 
@@ -38,6 +41,8 @@ __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
     from looplm.callbacks.depth_accuracy import DepthAccuracyCurve
+    from looplm.callbacks.latent_dynamics import LatentDynamicsMonitor
+    from looplm.callbacks.stability_warning import StabilityWarning
     from looplm.config import LoopedConfig
     from looplm.corpora.arithmetic import ArithmeticDataModule
     from looplm.depth import (
@@ -48,7 +53,7 @@ if TYPE_CHECKING:
         ScheduledDepth,
         UniformDepth,
     )
-    from looplm.generation import generate
+    from looplm.generation import generate, predictions_at_depths
     from looplm.loop import LoopedModel, LoopState, unroll
     from looplm.metrics import DepthExactMatch, DepthTokenAccuracy
     from looplm.model import LoopedTransformer

@@ -9,9 +9,17 @@ import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Figure  # for the types of other files
 
-__all__ = ["accuracy_and_stability", "depth_curves", "eigenvalue_plane", "latent_paths", "quantity_by_depth"]
+__all__ = [
+    "accuracy_and_stability",
+    "bands_by_depth",
+    "depth_curves",
+    "eigenvalue_plane",
+    "latent_paths",
+    "numbered_points",
+    "quantity_by_depth",
+]
 
 # Okabe and Ito's palette, told apart by the colour-blind; line style and marker tell the curves apart in grey too.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -91,32 +99,43 @@ def quantity_by_depth(
     ylabel: str,
     log_scale: bool = False,
     threshold: float | None = None,
+    threshold_label: str = "",
+    from_zero: bool = False,
 ) -> Figure:
     """Draw a quantity by depth, one curve a name; for example the residual, the state's norm or ρ.
 
     Args:
-        curves: For each name depths and values; values that are not finite are left out.
+        curves: For each name depths and values; values that are not finite are left out. A name may be empty.
         title: Above the figure.
         ylabel: Name and unit of the quantity.
         log_scale: Whether the quantity's axis is logarithmic.
         threshold: A value to mark with a line, for example ρ = 1.
+        threshold_label: What it means, for the legend; empty: the value alone.
+        from_zero: Whether the quantity's axis starts at 0.
 
     Returns:
         The figure, 8 × 4.5 inches.
     """
     figure, axes = _canvas()
+    num_points = 0
     for index, (name, (depths, values)) in enumerate(curves.items()):
         kept = [(d, v) for d, v in zip(depths, values, strict=True) if np.isfinite(v) and (v > 0 or not log_scale)]
         axes.plot(*zip(*kept, strict=True) if kept else ((), ()), label=name, **_line(index, len(curves)))
+        num_points += len(kept)
     if threshold is not None:
-        axes.axhline(threshold, color="0.35", linewidth=1, linestyle=(0, (4, 3)), label=f"{threshold:g}")
+        axes.axhline(
+            threshold, color="0.35", linewidth=1, linestyle=(0, (4, 3)), label=threshold_label or f"{threshold:g}"
+        )
     _depth_axis(axes, [depth for depths, _ in curves.values() for depth in depths])
-    if log_scale:
+    if log_scale and num_points:
         axes.set_yscale("log")
+    if from_zero:
+        axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
     axes.set_ylabel(ylabel)
     axes.set_title(title)
     axes.grid(alpha=0.3)
-    axes.legend(loc="best", framealpha=0.9)
+    if any(curves) or threshold is not None:
+        axes.legend(loc="best", framealpha=0.9)
     return figure
 
 
@@ -124,22 +143,23 @@ def eigenvalue_plane(eigenvalues: Mapping[str, Sequence[complex]], *, title: str
     """Draw eigenvalues in the complex plane, with the unit circle.
 
     Args:
-        eigenvalues: For each name (a depth, say) complex eigenvalues.
+        eigenvalues: For each name (a depth, say) complex eigenvalues; those that are not finite are left out.
         title: Above the figure.
 
     Returns:
-        The figure, 5.5 × 5 inches.
+        The figure, 7 × 5 inches.
     """
-    figure, axes = _canvas((5.5, 5))
+    figure, axes = _canvas((7, 5))
     angle = np.linspace(0, 2 * np.pi, 361)
+    axes.fill(np.cos(angle), np.sin(angle), color="0.95", zorder=0)
     axes.plot(np.cos(angle), np.sin(angle), color="0.35", linewidth=1, label="unit circle")
     for index, (name, values) in enumerate(eigenvalues.items()):
         points = np.asarray(values, dtype=complex)
         points = points[np.isfinite(points)]
         style = {"color": _COLOURS[index % len(_COLOURS)], "marker": _MARKERS[index % len(_MARKERS)]}
-        axes.scatter(points.real, points.imag, s=22, alpha=0.75, linewidths=0, label=name, **style)
-    axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
-    axes.axvline(0, color="0.8", linewidth=0.8, zorder=0)
+        axes.scatter(points.real, points.imag, s=26, alpha=0.8, linewidths=0, label=name, zorder=3, **style)
+    axes.axhline(0, color="0.8", linewidth=0.8, zorder=1)
+    axes.axvline(0, color="0.8", linewidth=0.8, zorder=1)
     axes.set_aspect("equal", adjustable="datalim")
     axes.set_xlabel("real part")
     axes.set_ylabel("imaginary part")
@@ -149,41 +169,66 @@ def eigenvalue_plane(eigenvalues: Mapping[str, Sequence[complex]], *, title: str
 
 
 def latent_paths(
-    coordinates: np.ndarray, depths: Sequence[int], explained: Sequence[float], *, title: str = "Latent trajectories"
+    coordinates: np.ndarray,
+    depths: Sequence[int],
+    explained: Sequence[float],
+    *,
+    residuals: Sequence[float] | None = None,
+    tolerance: float = 1e-3,
+    title: str = "Latent trajectories",
 ) -> Figure:
-    """Draw trajectories in their principal components, coloured by depth, the last state marked as the fixed point.
+    """Draw trajectories in their principal components, coloured by depth, with their ends marked.
 
     Args:
         coordinates: ``(K, B, C)``, C = 2 for a plane or 3 for space.
         depths: K depths.
         explained: Share of the variance of each component, ``(C,)``.
+        residuals: Residual of each last state, ``(B,)``: below ``tolerance`` it is marked as a fixed point (star),
+            else as a mere last state (cross); None: all are last states.
+        tolerance: Largest residual of a fixed point.
         title: Above the figure.
 
     Returns:
-        The figure, 7 × 5.5 inches.
+        The figure, 7.5 × 5.5 inches.
     """
     from matplotlib.colors import Normalize
 
-    dims = coordinates.shape[-1]
-    figure, axes = _canvas((7, 5.5), projection="3d" if dims == 3 else None)
+    num_paths, dims = coordinates.shape[1:]
+    figure, axes = _canvas((7.5, 5.5), projection="3d" if dims == 3 else None)
     shade = np.log2(np.asarray(depths, dtype=float) + 1)
     scale = Normalize(shade.min(), max(shade.max(), shade.min() + 1e-9))
-    for index in range(coordinates.shape[1]):
+    if dims == 3:
+        axes.computed_zorder = False  # else the last points cover their marks
+        axes.set_box_aspect(None, zoom=0.88)
+        axes.locator_params(nbins=5)
+    depth_only = {"depthshade": False} if dims == 3 else {}
+    for index in range(num_paths):
         path = coordinates[:, index].T
-        axes.plot(*path, color="0.75", linewidth=0.8, zorder=1)
-        points = axes.scatter(*path, c=shade, norm=scale, cmap="viridis", s=18, zorder=2)
-        label = "last state" if index == 0 else None
-        end = [[value] for value in path[:, -1]]
-        axes.scatter(
-            *end, marker="*", s=110, color="#D55E00", edgecolors="black", linewidths=0.6, zorder=3, label=label
-        )
+        axes.plot(*path, color="0.6", linewidth=0.9, zorder=1)
+        points = axes.scatter(*path, c=shade, norm=scale, cmap="viridis", s=22, zorder=2, **depth_only)
+    settled = np.zeros(num_paths, bool) if residuals is None else np.asarray(residuals) < tolerance
+    for kind, marker, size, name in (
+        (settled, "*", 130, f"fixed point (residual < {tolerance:g})"),
+        (~settled, "X", 60, "last state" + ("" if residuals is None else f" (residual ≥ {tolerance:g})")),
+    ):
+        if kind.any():
+            style = {"marker": marker, "s": size, "color": "#D55E00", "edgecolors": "black", "linewidths": 0.6}
+            axes.scatter(*coordinates[-1, kind].T, zorder=3, label=name, **style, **depth_only)
+    apart = {"labelpad": 10} if dims == 3 else {}
     for axis, share, number in zip(("x", "y", "z"), explained, (1, 2, 3), strict=False):
-        getattr(axes, f"set_{axis}label")(f"component {number} ({100 * share:.0f} % of variance)")
-    ticks = sorted({int(tick) for tick in np.linspace(0, len(depths) - 1, min(len(depths), 6))})
-    bar = figure.colorbar(points, ax=axes, shrink=0.8, pad=0.1 if dims == 3 else 0.02, label="depth (loops)")
+        getattr(axes, f"set_{axis}label")(f"component {number} ({100 * share:.0f} % of variance)", **apart)
+    # Depths closer than a twelfth of the bar would print over one another.
+    ticks = [len(depths) - 1]
+    for tick in reversed(range(len(depths) - 1)):
+        if shade[ticks[-1]] - shade[tick] >= (shade[-1] - shade[0]) / 12:
+            ticks.append(tick)
+    bar = figure.colorbar(
+        points, ax=axes, shrink=0.8, pad=0.14 if dims == 3 else 0.02, label="depth (loops, log scale)"
+    )
     bar.set_ticks([shade[tick] for tick in ticks], labels=[f"{depths[tick]:,}" for tick in ticks])
+    bar.ax.minorticks_off()
     axes.set_title(title)
-    axes.legend(loc="upper left", framealpha=0.9)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
@@ -202,7 +247,7 @@ def accuracy_and_stability(
         depths: Depths of the accuracy curve.
         accuracy: Accuracies in [0, 1].
         stability_depths: Depths of the quantity.
-        stability: Its values.
+        stability: Its values; those that are not finite are left out.
         stability_label: Its name.
         title: Above the figure.
 
@@ -210,16 +255,179 @@ def accuracy_and_stability(
         The figure, 8 × 4.5 inches.
     """
     figure, axes = _canvas()
-    left = axes.plot(depths, [100 * value for value in accuracy], label="exact match", **_line(0, 2))
+    left = axes.plot(depths, [100 * value for value in accuracy], label="exact match (left)", **_line(0, 2))
     right_axes = axes.twinx()
-    right = right_axes.plot(stability_depths, stability, label=stability_label, **_line(1, 2))
-    right_axes.axhline(1.0, color=_COLOURS[1], linewidth=1, linestyle=":")
-    right_axes.set_ylim(0, max(1.2, 1.1 * max(stability)))
-    right_axes.set_ylabel(f"{stability_label} (1 marked)")
+    kept = [(d, v) for d, v in zip(stability_depths, stability, strict=True) if np.isfinite(v)]
+    values = [value for _, value in kept]
+    label = f"{stability_label} (right)"
+    right = right_axes.plot(*zip(*kept, strict=True) if kept else ((), ()), label=label, **_line(1, 2))
+    one = right_axes.axhline(1.0, color=_COLOURS[1], linewidth=1.2, linestyle=":", label=f"{stability_label} = 1")
+    if values and min(values) > 0 and max(values) > 20:
+        right_axes.set_yscale("log")
+        unit = " (log scale)"
+    else:
+        unit = ""
+        right_axes.set_ylim(0, max(1.2, 1.1 * max(values, default=1.0)))
+    right_axes.set_ylabel(stability_label + unit, color=_COLOURS[1])
+    right_axes.tick_params(axis="y", colors=_COLOURS[1])
     _depth_axis(axes, [*depths, *stability_depths])
     axes.set_ylim(-3, 103)
-    axes.set_ylabel("exact match (%)")
+    axes.set_ylabel("exact match (%)", color=_COLOURS[0])
+    axes.tick_params(axis="y", colors=_COLOURS[0])
     axes.set_title(title)
     axes.grid(alpha=0.3)
-    axes.legend(handles=[*left, *right], loc="best", framealpha=0.9)
+    figure.legend(handles=[*left, *right, one], loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+_BAND = "least to greatest run"
+
+
+def _plain(name: str, longest: int = 28) -> str:
+    """Return a name as matplotlib shows it: ``$`` is no mathematics, and what is too long loses its middle."""
+    if len(name) > longest:
+        name = f"{name[: longest // 2]}…{name[-(longest // 2 - 1) :]}"
+    return name.replace("$", r"\$")
+
+
+def _over_runs(runs: Sequence[tuple[Sequence[int], Sequence[float]]]) -> tuple[np.ndarray, ...]:
+    """Return the depths that all runs have, and mean, least and greatest of their values there; NaN where one is."""
+    tables = [dict(zip(depths, values, strict=True)) for depths, values in runs]
+    depths = sorted(set.intersection(*(set(table) for table in tables)))
+    values = np.array([[table[depth] for depth in depths] for table in tables], dtype=float).reshape(len(tables), -1)
+    values[~np.isfinite(values)] = np.nan
+    return np.array(depths), values.mean(0), values.min(0), values.max(0)
+
+
+def bands_by_depth(
+    curves: Mapping[str, Sequence[tuple[Sequence[int], Sequence[float]]]],
+    *,
+    title: str,
+    ylabel: str,
+    marks: Mapping[str, float] | None = None,
+    limits: tuple[float, float] | None = None,
+    log_scale: bool = False,
+    threshold: float | None = None,
+) -> Figure:
+    """Draw a quantity by depth for groups of runs: mean over the runs, and the band from the least to the greatest.
+
+    As long as colours tell them apart all groups share one pair of axes, else each has its own, the others in grey.
+
+    Args:
+        curves: For each group the depths and values of its runs; drawn where all runs have a finite value.
+        title: Above the figure.
+        ylabel: Name and unit of the quantity.
+        marks: A depth to mark in some groups, the mean trained depth (loops).
+        limits: Ends of the quantity's axis; None: what the values need.
+        log_scale: Whether that axis is logarithmic; values <= 0 are left out then.
+        threshold: A value to mark with a line.
+
+    Returns:
+        The figure, 8.5 × 4.5 inches, or four panels a row.
+    """
+    from matplotlib.figure import Figure
+
+    bands = {name: _over_runs(runs) for name, runs in curves.items()}
+    together = len(bands) <= len(_COLOURS)
+    num_rows = -(-len(bands) // 4)
+    size = (8.5, 4.5) if together else (11.5, 1.75 * num_rows + 1.3)
+    figure = Figure(figsize=size, layout="constrained")
+    shape = (1, 1) if together else (num_rows, 4)
+    grid = list(figure.subplots(*shape, squeeze=False, sharex=True, sharey=True).flat)
+    every = [int(depth) for depths, *_ in bands.values() for depth in depths] or [1]
+    for axes in grid:
+        _depth_axis(axes, every)
+        axes.grid(alpha=0.3)
+        if limits is not None:
+            axes.set_ylim(*limits)
+        if log_scale:
+            axes.set_yscale("log", nonpositive="mask")
+        if threshold is not None:
+            dashes = {"color": "black", "linewidth": 1, "linestyle": (0, (4, 3))}
+            axes.axhline(threshold, label=f"{threshold:g}, marked", **dashes)
+    for index, (name, (depths, mean, least, greatest)) in enumerate(bands.items()):
+        axes = grid[0 if together else index]
+        style = _line(index, len(bands)) if together else {"color": _COLOURS[0], "linewidth": 1.8}
+        if not together:
+            # One broken line: a line for each would be hundreds of objects, which take seconds to draw.
+            x, y = (np.concatenate([[*band[axis], np.nan] for band in bands.values()]) for axis in (0, 1))
+            axes.plot(x, y, color="0.82", linewidth=0.7, zorder=1, label="all others")
+            axes.set_title(_plain(name), fontsize=9)
+        axes.plot(depths, mean, label=_plain(name, 40) if together else "mean over its runs", zorder=3, **style)
+        if len(curves[name]) > 1:
+            shade = {"color": style["color"], "alpha": 0.25, "linewidth": 0, "label": _BAND}
+            axes.fill_between(depths, least, greatest, zorder=2, **shade)
+        if marks and name in marks:
+            line = {"color": style["color"] if together else _COLOURS[1], "linestyle": ":", "linewidth": 1.2}
+            axes.axvline(marks[name], label="mean trained depth", **line)
+    _label_grid(figure, grid, len(bands), title, ylabel, together=together, last=max(every))
+    return figure
+
+
+def _label_grid(
+    figure: Figure, grid: Any, num_panels: int, title: str, ylabel: str, *, together: bool, last: int
+) -> None:
+    """Name axes once, thin out ticks that would touch, and put one legend beside or below all axes."""
+    handles: dict[str, Any] = {}
+    for axes in grid:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    if together:
+        grid[0].set_ylabel(ylabel)
+        grid[0].set_title(title)
+        figure.legend(handles.values(), handles, loc="outside right upper", frameon=False)
+        return
+    ticks = [0, *(4**k for k in range(last.bit_length()) if 4**k <= last)]
+    for index, axes in enumerate(grid):
+        is_lowest = num_panels - 4 <= index < num_panels
+        axes.set_xlabel("depth (loops, log scale)" if is_lowest else "", fontsize=9)
+        axes.set_xticks(ticks, labels=[f"{tick:,}" for tick in ticks])
+        axes.tick_params(labelsize=8, labelbottom=is_lowest)
+        axes.set_visible(index < num_panels)
+    figure.suptitle(title)
+    figure.supylabel(ylabel, fontsize=10)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+
+
+def numbered_points(
+    points: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    limits: tuple[float, float] | None = None,
+    threshold: float | None = None,
+    log_scale: bool = False,
+) -> Figure:
+    """Draw points of groups of runs, one a run; each group is drawn as its number, which the legend beside resolves.
+
+    Args:
+        points: For each group the (x, y) of its runs; those that are not finite are left out.
+        title: Above the figure.
+        xlabel: Name and unit of x.
+        ylabel: Name and unit of y.
+        limits: Ends of the axis of y; None: what the values need.
+        threshold: An x to mark with a line.
+        log_scale: Whether the axis of x is logarithmic.
+
+    Returns:
+        The figure, 9.5 × 5.5 inches.
+    """
+    figure, axes = _canvas((9.5, 5.5))
+    for index, (name, pairs) in enumerate(points.items()):
+        kept = [(x, y) for x, y in pairs if np.isfinite(x) and np.isfinite(y) and (x > 0 or not log_scale)]
+        style = {"color": _COLOURS[index % len(_COLOURS)], "marker": f"${index + 1}$", "s": 70 if index < 9 else 110}
+        axes.scatter(*zip(*kept, strict=True) if kept else ((), ()), linewidths=0.3, label=_plain(name), **style)
+    if log_scale:
+        axes.set_xscale("log")
+    if threshold is not None:
+        axes.axvline(threshold, color="0.35", linewidth=1, linestyle=(0, (4, 3)), label=f"{threshold:g}, marked")
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    if limits is not None:
+        axes.set_ylim(*limits)
+    columns = 1 if len(points) <= 26 else 2
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8, ncols=columns)
     return figure

@@ -22,19 +22,23 @@ def _check_shapes(depth_preds: Tensor, labels: Tensor, num_depths: int) -> None:
         )
 
 
+def _by_token(depth_preds: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which tokens are right ``(K, B, N)`` and which are labelled ``(B, N)``; one label a sample is N = 1."""
+    return (depth_preds == labels).unsqueeze(-1).flatten(2), (labels != -100).unsqueeze(-1).flatten(1)
+
+
 def _exact_match_update(depth_preds: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return whether all labelled tokens are right ``(B, K)`` and whether there are any ``(B,)``, as int64."""
-    labelled = (labels != -100).flatten(1)
-    right = ((depth_preds == labels).flatten(2) | ~labelled).all(-1).T
+    right, labelled = _by_token(depth_preds, labels)
+    right = (right | ~labelled).all(-1).T
     exists = labelled.any(-1)
     return (right & exists[:, None]).long(), exists.long()
 
 
 def _token_accuracy_update(depth_preds: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the number of right labelled tokens ``(B, K)`` and of labelled tokens ``(B,)``."""
-    labelled = (labels != -100).flatten(1)
-    right = ((depth_preds == labels).flatten(2) & labelled).sum(-1).T
-    return right, labelled.sum(-1)
+    right, labelled = _by_token(depth_preds, labels)
+    return (right & labelled).sum(-1).T, labelled.sum(-1)
 
 
 class _DepthMetric(Metric):

@@ -184,3 +184,12 @@ def test_forward_gives_the_batch_and_accumulates_also_for_one_depth() -> None:
     assert metric(torch.tensor([[[1, 2]]]), torch.tensor([[1, 0]])).tolist() == [0.5]
     assert metric(torch.tensor([[[1, 2]]]), torch.tensor([[1, 2]])).tolist() == [1.0]
     assert metric.compute().tolist() == [0.75]
+
+
+def test_a_sample_may_have_one_label() -> None:
+    """Of a classifier, say: then whole answer and token are the same."""
+    labels = torch.tensor([1, 2, -100, 0])
+    preds = torch.stack([torch.zeros_like(labels), torch.tensor([1, 2, 7, 7])])
+    for metric in (DepthExactMatch(2), DepthTokenAccuracy(2)):
+        metric.update(preds, labels)
+        assert metric.compute().tolist() == pytest.approx([1 / 3, 2 / 3])

@@ -5,10 +5,7 @@ Reads what ``validation_step`` and ``test_step`` return and never calls the mode
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,6 +13,7 @@ from typing import Any, TypeAlias
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
+from looplm.callbacks.output import replace_file, show_figure, write_figure, write_table
 from looplm.figures import depth_curves
 from looplm.metrics import DepthExactMatch, DepthTokenAccuracy, depth_summary
 
@@ -132,24 +130,11 @@ class DepthAccuracyCurve(L.Callback):
     ) -> None:
         curves, means = drawn
         figure = depth_curves(curves, mean_depths=means)
-        step = trainer.global_step
-        for logger in trainer.loggers:
-            experiment: Any = getattr(logger, "experiment", None)
-            if hasattr(experiment, "add_figure"):
-                experiment.add_figure(f"{stage}/exact_match_by_depth", figure, global_step=step, close=False)
-            elif hasattr(logger, "log_image"):
-                logger.log_image(f"{stage}/exact_match_by_depth", [figure], step=step)
+        show_figure(trainer, f"{stage}/exact_match_by_depth", figure)
         folder = Path(log_dir or trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=150)
-        _replace_file(folder / f"{stage}_curve.csv", text.getvalue().encode())
-        _replace_file(folder / f"{stage}_summary.json", json.dumps(summaries, indent=2).encode())
-        _replace_file(folder / f"{stage}_curve.png", picture.getvalue())
+        write_table(folder / f"{stage}_curve.csv", rows)
+        replace_file(folder / f"{stage}_summary.json", json.dumps(summaries, indent=2).encode())
+        write_figure(folder / f"{stage}_curve.png", figure)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start anew."""
@@ -191,10 +176,3 @@ class DepthAccuracyCurve(L.Callback):
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log and write the curve."""
         self._finish(trainer, pl_module, "test")
-
-
-def _replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old one or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

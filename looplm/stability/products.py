@@ -6,14 +6,15 @@ Knows nothing of models: a step is any callable that maps a state to the next.
 name               what it does                                         use it
 ================== ==================================================== ==============================================
 finite_difference  ``(Φ(h + εv) − Φ(h − εv)) / 2ε``                      by default: any kernel, any norm, any strategy
-jvp                forward-mode automatic differentiation               as the exact reference
+jvp                forward-mode automatic differentiation               as the exact reference; with bfloat16 weights
+vjp                ``Jᵀ u`` in place of ``J v``, reverse mode           with steps that have no forward-mode derivative
 ================== ==================================================== ==============================================
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -24,9 +25,9 @@ from torch.utils import _pytree as pytree
 
 from looplm.stability.vectors import Hidden, StepFn, per_sequence_dot, scale, squared_norm
 
-__all__ = ["PRODUCTS", "ProductName", "finite_difference", "jvp", "vjp"]
+__all__ = ["PRODUCTS", "ProductName", "finite_difference", "jvp", "product_named", "vjp"]
 
-ProductName: TypeAlias = Literal["finite_difference", "jvp"]
+ProductName: TypeAlias = Literal["finite_difference", "jvp", "vjp"]
 
 
 def _centred_normalise(x: Tensor, num_dims: int, centre: bool, eps: float) -> Tensor:
@@ -82,6 +83,51 @@ def _exact_derivatives() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _needs_forward_mode() -> Iterator[None]:
+    try:
+        yield
+    except (NotImplementedError, RuntimeError) as error:
+        marks = ("forward AD", "forward mode", "jvp", "functorch", "checkpoint")
+        if not any(mark in str(error) for mark in marks):
+            raise
+        raise NotImplementedError(
+            f"`jvp` cannot go through this step: use `finite_difference` or `vjp`. {error}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _needs_wide_state(hidden: Hidden) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        narrow = {x.dtype for x in pytree.tree_leaves(hidden) if torch.finfo(x.dtype).bits < 32}
+        if not narrow or "dtype" not in str(error):
+            raise
+        raise RuntimeError(
+            f"`finite_difference` evaluates a step whose state is {narrow.pop()} in float32, which this step refuses: "
+            "use `jvp` or `vjp`, or keep the weights in float32 (precision `bf16-mixed` in place of `bf16-true`). "
+            f"{error}"
+        ) from error
+
+
+def _check_double_backward(outputs: Sequence[Tensor]) -> None:
+    """Raise where a recorded gradient cannot be differentiated again; torch itself says so only in ``backward``."""
+    todo = [x.grad_fn for x in outputs if x.grad_fn is not None]
+    seen = set(todo)
+    while todo:
+        node: Any = todo.pop()
+        name = node.name()
+        if any(mark in name for mark in ("NotImplemented", "DelayedError", "CompiledFunctionBackward")):
+            raise NotImplementedError(
+                f"`vjp` is to be differentiated, but this step has no second derivative in reverse mode ({name}): "
+                "use `finite_difference` or `jvp`."
+            )
+        following = {parent for parent, _ in node.next_functions if parent is not None} - seen
+        seen |= following
+        todo += following
+
+
 def jvp(step_fn: StepFn, hidden: Hidden, vector: Hidden) -> Hidden:
     """Return ``J v`` with ``J = ∂Φ/∂h`` at ``hidden``, by forward-mode automatic differentiation.
 
@@ -93,12 +139,15 @@ def jvp(step_fn: StepFn, hidden: Hidden, vector: Hidden) -> Hidden:
     Returns:
         ``J v``, of the same structure and shapes; differentiable with respect to what Φ uses.
 
+    Raises:
+        NotImplementedError: If Φ has no forward-mode derivative; the message names the products to use.
+
     Example:
         >>> h, v = torch.tensor([[2.0]]), torch.tensor([[1.0]])
         >>> jvp(lambda x: x**2, h, v)
         tensor([[4.]])
     """
-    with _exact_derivatives():
+    with _needs_forward_mode(), _exact_derivatives():
         return torch.func.jvp(step_fn, (hidden,), (vector,))[1]
 
 
@@ -111,6 +160,7 @@ def vjp(step_fn: StepFn, hidden: Hidden, vector: Hidden) -> Hidden:
 
     Raises:
         RuntimeError: Inside ``torch.inference_mode``, where nothing can be differentiated in reverse.
+        NotImplementedError: If gradients are recorded and Φ has no second derivative in reverse mode.
 
     Example:
         >>> h, u = torch.tensor([[2.0]]), torch.tensor([[1.0]])
@@ -125,6 +175,8 @@ def vjp(step_fn: StepFn, hidden: Hidden, vector: Hidden) -> Hidden:
         inputs = [x if x.requires_grad and differentiable else x.detach().requires_grad_() for x in leaves]
         inner = per_sequence_dot(step_fn(pytree.tree_unflatten(inputs, spec)), vector).sum()
         pulled = torch.autograd.grad(inner, inputs, create_graph=differentiable, materialize_grads=True)
+    if differentiable:
+        _check_double_backward(pulled)
     return pytree.tree_unflatten(list(pulled), spec)
 
 
@@ -134,6 +186,10 @@ def finite_difference(step_fn: StepFn, hidden: Hidden, vector: Hidden) -> Hidden
     The step is ``ε = eps^(1/3) · ‖h‖ / ‖v‖`` for each sequence, with eps the precision of the number type: 5e-5 of
     J v in float32, 1e-10 in float64. Φ must be deterministic (dropout off). Arguments, shapes and differentiability
     as in :func:`jvp`.
+
+    Raises:
+        RuntimeError: If Φ refuses a float32 state because its weights are bfloat16; the message names the products to
+            use.
 
     Example:
         >>> h, v = torch.tensor([[2.0]], dtype=torch.float64), torch.tensor([[1.0]], dtype=torch.float64)
@@ -151,9 +207,25 @@ def finite_difference(step_fn: StepFn, hidden: Hidden, vector: Hidden) -> Hidden
         state_norm, vector_norm = (torch.where(norm > tiny, norm, 1.0) for norm in norms)
         eps = precision * state_norm / vector_norm
         shift = scale(vector, eps)
-        ahead = step_fn(pytree.tree_map(torch.add, wide, shift))
-        behind = step_fn(pytree.tree_map(torch.sub, wide, shift))
+        with _needs_wide_state(hidden):
+            ahead = step_fn(pytree.tree_map(torch.add, wide, shift))
+            behind = step_fn(pytree.tree_map(torch.sub, wide, shift))
         return scale(pytree.tree_map(torch.sub, ahead, behind), 0.5 / eps)
 
 
-PRODUCTS: dict[str, Callable[[StepFn, Hidden, Hidden], Hidden]] = {"finite_difference": finite_difference, "jvp": jvp}
+PRODUCTS: dict[str, Callable[[StepFn, Hidden, Hidden], Hidden]] = {
+    "finite_difference": finite_difference,
+    "jvp": jvp,
+    "vjp": vjp,
+}
+
+
+def product_named(method: str) -> Callable[[StepFn, Hidden, Hidden], Hidden]:
+    """Return a product by its name.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    if method not in PRODUCTS:
+        raise ValueError(f"`method` must be one of {sorted(PRODUCTS)}, got {method!r}.")
+    return PRODUCTS[method]

@@ -10,12 +10,26 @@ from lightning_utilities.core.imports import RequirementCache
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from looplm.stability.products import PRODUCTS, ProductName
+from looplm.stability.products import ProductName, product_named
 from looplm.stability.vectors import Hidden, StepFn, flatten, mask_padding, unflatten
 
-__all__ = ["dense_jacobian", "exact_spectrum", "leading_eigenvalues"]
+__all__ = ["dense_jacobian", "exact_spectrum", "leading_eigenvalues", "require_scipy"]
 
-_SCIPY = RequirementCache("scipy>=1.11")
+_SCIPY = RequirementCache("scipy>=1.13")
+
+
+def require_scipy(what: str) -> None:
+    """Raise if SciPy is missing.
+
+    Raises:
+        ModuleNotFoundError: Says what needs it and how to install it.
+    """
+    if not _SCIPY:
+        raise ModuleNotFoundError(f"`{what}` needs SciPy: pip install 'looplm[analysis]'. {_SCIPY}")
+
+
+class _NotFiniteError(ArithmeticError):
+    """A product is not finite: this sequence has no eigenvalues."""
 
 
 def _real_coordinates(hidden: Hidden, mask: Tensor | None) -> Tensor:
@@ -25,7 +39,7 @@ def _real_coordinates(hidden: Hidden, mask: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def dense_jacobian(step_fn: StepFn, hidden: Hidden, *, method: ProductName = "jvp") -> Tensor:
-    """Return the Jacobian of each sequence, ``(B, N, N)``, column by column: N products for the whole batch.
+    """Return the Jacobian of each sequence, ``(B, N, N)``, vector by vector: N products for the whole batch.
 
     Args:
         step_fn: Φ at fixed context; sequences must not interact in it.
@@ -37,8 +51,8 @@ def dense_jacobian(step_fn: StepFn, hidden: Hidden, *, method: ProductName = "jv
     for index in range(size):
         basis = torch.zeros_like(flatten(hidden))
         basis[:, index] = 1.0
-        columns.append(flatten(PRODUCTS[method](step_fn, hidden, unflatten(basis, hidden))))
-    return torch.stack(columns, dim=-1)
+        columns.append(flatten(product_named(method)(step_fn, hidden, unflatten(basis, hidden))))
+    return torch.stack(columns, dim=1 if method == "vjp" else 2)  # Jᵀ times a basis vector is a row of J
 
 
 def exact_spectrum(
@@ -106,14 +120,14 @@ def leading_eigenvalues(
         seed: Seed of the start vector.
 
     Returns:
-        complex128 ``(B, k)``, largest modulus first; NaN where a sequence has fewer.
+        complex128 ``(B, k)``, largest modulus first; NaN where a sequence has fewer, fewer have converged, or its
+        Jacobian is not finite.
 
     Raises:
         ModuleNotFoundError: If SciPy is not installed.
         ValueError: If ``k`` is below 1.
     """
-    if not _SCIPY:
-        raise ModuleNotFoundError(f"leading_eigenvalues needs SciPy: pip install 'looplm[analysis]'. {_SCIPY}")
+    require_scipy("leading_eigenvalues")
     if k < 1:
         raise ValueError(f"`k` must be >= 1, got {k}.")
     from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigs
@@ -127,21 +141,25 @@ def leading_eigenvalues(
             # The other sequences ride along with a zero vector: a step takes whole batches.
             tangent = torch.zeros_like(flat)
             tangent[row, kept] = torch.as_tensor(np.asarray(vector).reshape(-1), dtype=flat.dtype, device=flat.device)
-            image = flatten(PRODUCTS[method](step_fn, hidden, unflatten(tangent, hidden)))
+            image = flatten(product_named(method)(step_fn, hidden, unflatten(tangent, hidden)))
+            if not bool(image[row].isfinite().all()):
+                raise _NotFiniteError
             return image[row, kept].double().cpu().numpy()
 
-        if size <= k + 2:
-            matrix = np.stack([matvec(basis) for basis in np.eye(size)], axis=1)
-            values = np.linalg.eigvals(matrix)
-        else:
-            operator = LinearOperator((size, size), matvec=matvec, dtype=np.float64)
-            start = np.random.default_rng(seed).standard_normal(size)
-            try:
-                values = eigs(
-                    operator, k=k, v0=start, tol=tolerance, ncv=min(size, max(4 * k, 40)), return_eigenvectors=False
-                )
-            except ArpackNoConvergence as error:
-                values = error.eigenvalues
+        operator = LinearOperator((size, size), matvec=matvec, dtype=np.float64)
+        start = np.random.default_rng(seed).standard_normal(size)
+        num_vectors = min(size, max(4 * k, 40))
+        try:
+            if size <= k + 2:
+                values = np.linalg.eigvals(np.stack([matvec(basis) for basis in np.eye(size)], axis=1))
+            elif not matvec(start).any():
+                values = np.zeros(k)  # ARPACK cannot start on a map to zero
+            else:
+                values = eigs(operator, k=k, v0=start, tol=tolerance, ncv=num_vectors, return_eigenvectors=False)
+        except ArpackNoConvergence as error:
+            values = error.eigenvalues
+        except _NotFiniteError:
+            continue
         values = values[np.argsort(-np.abs(values))][:k]
         found[row, : len(values)] = torch.from_numpy(np.asarray(values, dtype=np.complex128))
     return found

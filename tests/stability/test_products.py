@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from looplm.stability.products import finite_difference, jvp
+from looplm.stability.products import finite_difference, jvp, product_named, vjp
 
 BATCH, LENGTH, WIDTH = 3, 4, 6
 both_products = pytest.mark.parametrize("product", [jvp, finite_difference])
@@ -223,3 +223,104 @@ def test_states_and_vectors_of_no_length_give_finite_values(product, dtype):
     torch.testing.assert_close(product_v, expected, rtol=1e-4, atol=1e-6)
     (gradient,) = torch.autograd.grad(product_v.sum(), h)
     assert gradient.isfinite().all()
+
+
+def dense_transposed_product(step_fn, hidden, vector):
+    """Jᵀ u of each sequence, with J assembled row by row."""
+    pulled = []
+    for h, u in zip(hidden, vector, strict=True):
+        jacobian = torch.autograd.functional.jacobian(lambda x: step_fn(x[None])[0], h)
+        pulled.append(torch.tensordot(u, jacobian, dims=u.ndim))
+    return torch.stack(pulled)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_vjp_equals_the_transposed_dense_jacobian(mode):
+    step, _ = attention_step()
+    h, u = normal(BATCH, LENGTH, WIDTH), normal(BATCH, LENGTH, WIDTH, seed=1)
+    expected = dense_transposed_product(step, h, u)
+    with mode():
+        torch.testing.assert_close(vjp(step, h, u), expected)
+
+
+def test_vjp_of_a_dict_pairs_its_parts_by_name():
+    h = {"a": normal(BATCH, 2), "b": normal(BATCH, 2, seed=1)}
+    u = {"b": normal(BATCH, 2, seed=2), "a": normal(BATCH, 2, seed=3)}
+    pulled = vjp(lambda x: {"a": 3 * x["b"], "b": x["a"] * x["b"]}, h, u)
+    torch.testing.assert_close(pulled["a"], u["b"] * h["b"])
+    torch.testing.assert_close(pulled["b"], 3 * u["a"] + u["b"] * h["a"])
+
+
+def test_gradient_of_vjp_with_respect_to_parameters_is_right_through_fused_attention_and_norm():
+    step, module = attention_step()
+    h, u = normal(BATCH, LENGTH, WIDTH), normal(BATCH, LENGTH, WIDTH, seed=1)
+    parameters = list(module.parameters())
+    directions = [normal(*p.shape, seed=i) for i, p in enumerate(parameters)]
+    gradients = torch.autograd.grad(vjp(step, h, u).square().sum(), parameters, materialize_grads=True)
+    slope = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True)).item()
+    truth = directional_derivative(lambda: dense_transposed_product(step, h, u).square().sum(), parameters, directions)
+    assert slope == pytest.approx(truth, rel=1e-6)
+
+
+def test_vjp_in_inference_mode_names_what_works_there():
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="use `jvp`, `finite_difference` or no_grad"):
+        vjp(torch.tanh, normal(BATCH, WIDTH), normal(BATCH, WIDTH))
+
+
+class _OnlyReverse(torch.autograd.Function):
+    """x², by somebody who knows nothing of forward mode."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+def test_jvp_without_a_forward_derivative_names_what_works():
+    h, v = normal(BATCH, WIDTH), normal(BATCH, WIDTH, seed=1)
+    with pytest.raises(
+        NotImplementedError, match="`jvp` cannot go through this step: use `finite_difference` or `vjp`"
+    ):
+        jvp(_OnlyReverse.apply, h, v)
+    for product in (finite_difference, vjp):
+        torch.testing.assert_close(product(_OnlyReverse.apply, h, v), 2 * h * v, rtol=1e-8, atol=1e-9)
+
+
+def test_vjp_without_a_second_derivative_says_so_at_once_and_names_what_works():
+    def flash(x):
+        heads = x.reshape(BATCH, 1, 1, WIDTH)
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # the step insists on its kernel
+            return F.scaled_dot_product_attention(heads, heads, heads).reshape(BATCH, WIDTH)
+
+    h, u = normal(BATCH, WIDTH), normal(BATCH, WIDTH, seed=1)
+    with pytest.raises(NotImplementedError, match=r"no second derivative .*use `finite_difference` or `jvp`"):
+        vjp(flash, h, u)
+    with torch.no_grad():
+        assert vjp(flash, h, u).shape == h.shape
+    assert finite_difference(flash, h, u).shape == h.shape
+
+
+def test_finite_difference_with_bfloat16_weights_names_what_works():
+    torch.manual_seed(0)
+    linear = nn.Linear(WIDTH, WIDTH).bfloat16()
+    h, v = (normal(BATCH, WIDTH, seed=seed).bfloat16() for seed in (0, 1))
+    with pytest.raises(RuntimeError, match="in float32, which this step refuses: use `jvp` or `vjp`"):
+        finite_difference(linear, h, v)
+    torch.testing.assert_close(jvp(linear, h, v), v @ linear.weight.T)
+
+
+@both_products
+def test_an_error_of_the_step_itself_is_not_covered_up(product):
+    with pytest.raises(RuntimeError, match="cannot be multiplied") as caught:
+        product(lambda x: x @ torch.ones(3, 3, dtype=x.dtype), normal(BATCH, WIDTH), normal(BATCH, WIDTH))
+    assert "use `" not in str(caught.value)
+
+
+def test_products_have_names():
+    assert [product_named(name) for name in ("finite_difference", "jvp", "vjp")] == [finite_difference, jvp, vjp]
+    with pytest.raises(ValueError, match=r"one of \['finite_difference', 'jvp', 'vjp'\], got 'reverse'"):
+        product_named("reverse")

@@ -1,0 +1,218 @@
+"""The table and the figures of measured dynamics. Knows numbers by depth, not models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from looplm.dynamics import QUANTITIES, Trajectory
+from looplm.figures import accuracy_and_stability, eigenvalue_plane, latent_paths, quantity_by_depth
+
+if TYPE_CHECKING:
+    from looplm.figures import Figure
+
+__all__ = ["DynamicsTable", "dynamics_figures"]
+
+_ERROR = "mean_gain_standard_error"
+
+
+@dataclass(frozen=True)
+class DynamicsTable:
+    """Quantities by depth, over the sequences of one evaluation set on all ranks.
+
+    Attributes:
+        depths: K depths, in loops.
+        num_sequences: How many sequences were measured.
+        mean: For each quantity its mean over sequences, K numbers; ``mean_gain_standard_error`` is that of the mean
+            of ``mean_gain`` over the draws of v, for these sequences.
+        least: The smallest sequence's value.
+        most: The largest sequence's value.
+    """
+
+    depths: list[int]
+    num_sequences: int
+    mean: dict[str, list[float]]
+    least: dict[str, list[float]]
+    most: dict[str, list[float]]
+
+    @classmethod
+    def gather(
+        cls, depths: list[int], batches: Sequence[Mapping[str, Tensor]], pl_module: L.LightningModule | None = None
+    ) -> DynamicsTable:
+        """Combine batches, and with ``pl_module`` all ranks (each must call).
+
+        Args:
+            depths: K depths.
+            batches: For each batch and quantity ``(K, B)``.
+            pl_module: Gathers; None: there is one rank.
+
+        Example:
+            >>> table = DynamicsTable.gather([1, 2], [{"residual": torch.tensor([[1.0, 3.0], [0.0, 1.0]])}])
+            >>> table.mean["residual"], table.most["residual"]
+            ([2.0, 0.5], [3.0, 1.0])
+        """
+        names = list(batches[0])
+        values = torch.stack([torch.cat([batch[name] for batch in batches], dim=1) for name in names]).double()
+        sums = values.sum(-1)
+        if _ERROR in names:  # errors of independent draws add in squares
+            sums[names.index(_ERROR)] = values[names.index(_ERROR)].square().sum(-1)
+        count = torch.full_like(sums, values.shape[-1])
+        parts = torch.stack([sums, values.amin(-1), values.amax(-1), count])[None]  # (ranks, 4, quantities, K)
+        if pl_module is not None:
+            gathered: Any = pl_module.all_gather(parts[0].to(pl_module.device))
+            parts = gathered.cpu()
+        sums, least, most, count = parts[:, 0].sum(0), parts[:, 1].amin(0), parts[:, 2].amax(0), parts[:, 3].sum(0)
+        mean = sums / count
+        if _ERROR in names:
+            mean[names.index(_ERROR)] = sums[names.index(_ERROR)].sqrt() / count[0]
+        by_name = [dict(zip(names, x.tolist(), strict=True)) for x in (mean, least, most)]
+        return cls(depths, int(count[0, 0]), *by_name)
+
+    def scalars(self, prefix: str) -> dict[str, float]:
+        """Return the means under their log keys, ``{prefix}/residual/depth_00008``; undefined ones are left out."""
+        return {
+            f"{prefix}/{name}/depth_{depth:05d}": value
+            for name in QUANTITIES
+            if name in self.mean
+            for depth, value in zip(self.depths, self.mean[name], strict=True)
+            if not (name == "lyapunov_exponent" and depth == 0)
+        }
+
+    def rows(self, split: str) -> list[dict[str, float | str]]:
+        """Return a row for each depth: mean, smallest and largest sequence of each quantity."""
+        rows: list[dict[str, float | str]] = []
+        for index, depth in enumerate(self.depths):
+            row: dict[str, float | str] = {"split": split, "depth": depth, "num_sequences": self.num_sequences}
+            for name, values in self.mean.items():
+                row[name] = values[index]
+                if name != _ERROR:
+                    row |= {f"{name}_min": self.least[name][index], f"{name}_max": self.most[name][index]}
+            rows.append(row)
+        return rows
+
+
+def _spans_decades(curves: Mapping[str, tuple[list[int], list[float]]]) -> bool:
+    values = torch.tensor([v for _, column in curves.values() for v in column])
+    values = values[values.isfinite() & (values > 0)]
+    return len(values) > 0 and bool(values.max() > 20 * values.min())
+
+
+def _quantity_figures(tables: Mapping[str, DynamicsTable]) -> dict[str, Figure]:
+    """Return the figures of quantities by depth, by their names."""
+
+    def curves(**labels: str) -> dict[str, tuple[list[int], list[float]]]:
+        drawn = {}
+        for split, table in tables.items():
+            for name, label in labels.items():
+                if name in table.mean:
+                    values = [v**0.5 for v in table.mean[name]] if name == "mean_gain" else table.mean[name]
+                    title = " ".join(part for part in (split if len(tables) > 1 or not label else "", label) if part)
+                    drawn[title] = (table.depths, values)
+        return drawn
+
+    figures = {
+        "residual": quantity_by_depth(
+            curves(residual=""),
+            title="Residual by depth",
+            ylabel="residual ‖Φ(h) − h‖ / ‖Φ(h)‖ (log scale)",
+            log_scale=True,
+        )
+    }
+    norms = curves(state_norm="")
+    log_scale = _spans_decades(norms)
+    unit = " (log scale)" if log_scale else ""
+    figures["state_norm"] = quantity_by_depth(
+        norms, title="State norm by depth", ylabel=f"state norm ‖h‖{unit}", log_scale=log_scale, from_zero=not log_scale
+    )
+    gains = curves(
+        spectral_radius="spectral radius ρ(J)", spectral_norm="spectral norm ‖J‖₂", mean_gain="√(mean gain E‖Jv‖²)"
+    )
+    if gains:
+        log_scale = _spans_decades(gains)
+        figures["gains"] = quantity_by_depth(
+            gains,
+            title="How much one loop stretches a perturbation",
+            ylabel="factor per loop" + (" (log scale)" if log_scale else ""),
+            log_scale=log_scale,
+            threshold=1.0,
+            threshold_label="1: a perturbation keeps its size",
+            from_zero=not log_scale,
+        )
+    exponents = curves(lyapunov_exponent="")
+    if exponents:
+        figures["lyapunov"] = quantity_by_depth(
+            exponents,
+            title="Finite-time Lyapunov exponent by depth",
+            ylabel="mean growth of a perturbation (nats per loop)",
+            threshold=0.0,
+            threshold_label="0: a perturbation keeps its size",
+        )
+    return figures
+
+
+def _path_figures(trajectory: Trajectory) -> dict[str, Figure]:
+    finite = trajectory.states.isfinite().all(-1).all(-1)
+    kept = [index for index, good in enumerate(finite.tolist()) if good]
+    if len(kept) < 2:
+        return {}
+    depths = [trajectory.depths[index] for index in kept]
+    residuals = trajectory.residuals[kept]
+    trajectory = Trajectory(depths, trajectory.states[kept].cpu(), residuals)
+    figures = {}
+    for dims in (2, 3):
+        if dims <= min(trajectory.states.shape[0] * trajectory.states.shape[1], trajectory.states.shape[2]):
+            coordinates, shares = trajectory.principal_components(dims)
+            figures[f"paths_{dims}d"] = latent_paths(
+                coordinates.numpy(), depths, shares.tolist(), residuals=residuals[-1].tolist()
+            )
+    return figures
+
+
+def _overlay(stage: str, tables: Mapping[str, DynamicsTable], accuracies: Mapping[str, float]) -> dict[str, Figure]:
+    for split, table in tables.items():
+        prefix = f"{stage}/exact_match/depth_" if split == stage else f"{stage}/{split}/exact_match/depth_"
+        found = {int(key.removeprefix(prefix)): v for key, v in accuracies.items() if key.startswith(prefix)}
+        if found and "spectral_radius" in table.mean:
+            depths = sorted(found)
+            return {
+                "accuracy_and_stability": accuracy_and_stability(
+                    depths,
+                    [found[depth] for depth in depths],
+                    table.depths,
+                    table.mean["spectral_radius"],
+                    stability_label="spectral radius ρ(J)",
+                )
+            }
+    return {}
+
+
+def dynamics_figures(
+    stage: str,
+    tables: Mapping[str, DynamicsTable],
+    trajectory: Trajectory,
+    eigenvalues: Tensor | None,
+    accuracies: Mapping[str, float],
+) -> dict[str, Figure]:
+    """Draw all that was measured.
+
+    Args:
+        stage: ``val`` or ``test``.
+        tables: By the evaluation set's name; the stage where it has none.
+        trajectory: Whose paths are drawn.
+        eigenvalues: At the deepest depth, complex ``(sequences, k)``, NaN where undefined, or None.
+        accuracies: Logged values; those under ``{stage}/exact_match/depth_…`` are drawn over ρ.
+
+    Returns:
+        The figures by their names.
+    """
+    figures = _quantity_figures(tables) | _overlay(stage, tables, accuracies) | _path_figures(trajectory)
+    if eigenvalues is not None:
+        named = {f"sequence {index}": row.tolist() for index, row in enumerate(eigenvalues)}
+        title = f"Leading eigenvalues at depth {trajectory.depths[-1]:,}"
+        figures["eigenvalues"] = eigenvalue_plane(named, title=title)
+    return figures

@@ -1,0 +1,59 @@
+"""What callbacks leave behind: files that are never half-written, and figures for the loggers that can show them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+
+if TYPE_CHECKING:
+    from looplm.figures import Figure
+
+__all__ = ["replace_file", "show_figure", "write_figure", "write_table"]
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old one or the new one, never half of it.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     replace_file(Path(folder) / "runs" / "a.txt", b"new")
+        ...     (Path(folder) / "runs" / "a.txt").read_text()
+        'new'
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows of equal keys as a CSV file, the keys as its head."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    replace_file(path, text.getvalue().encode())
+
+
+def write_figure(path: Path, figure: Figure) -> None:
+    """Write a figure as a PNG file of 150 dots an inch."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    replace_file(path, picture.getvalue())
+
+
+def show_figure(trainer: L.Trainer, key: str, figure: Figure) -> None:
+    """Give a figure to every logger that takes one, under ``key``, at the trainer's step."""
+    for logger in trainer.loggers:
+        experiment: Any = getattr(logger, "experiment", None)
+        if hasattr(experiment, "add_figure"):
+            experiment.add_figure(key, figure, global_step=trainer.global_step, close=False)
+        elif hasattr(logger, "log_image"):
+            logger.log_image(key, [figure], step=trainer.global_step)
