@@ -1,68 +1,24 @@
-"""``compare``: the curves of several runs in one table, one CSV and one picture."""
+"""``compare``: the curves of several runs in one table, one picture, CSV files and one HTML page.
+
+Runs called NAME_seed0, NAME_seed1, … are one group: their mean, and the band from the least to the greatest.
+"""
 
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from looplm.commands.arguments import Parser
+from looplm.commands.curves import Curve, Group, group_runs, read_curve
+from looplm.commands.page import COLUMNS, make_pictures, render_page
+from looplm.commands.rows import is_rows_file, read_rows
 from looplm.errors import InputError
 
-__all__ = ["Curve", "compare", "read_curve", "run"]
+__all__ = ["Curve", "compare", "read_curve", "run", "write_comparison"]
 
 _MOST_ROWS = 24
-
-
-@dataclass(frozen=True, kw_only=True)
-class Curve:
-    """Accuracy by depth of one run, as read from its directory."""
-
-    name: str
-    depths: list[int]
-    exact_match: list[float]
-    token_accuracy: list[float]
-    mean_depth: float | None
-
-
-def read_curve(run_dir: Path) -> Curve:
-    """Read the test curve of a run (else its validation curve).
-
-    Args:
-        run_dir: A run directory, or a curve's CSV file.
-
-    Raises:
-        InputError: If there is none, or it is damaged.
-    """
-    candidates = [run_dir] if run_dir.is_file() else [run_dir / f"{stage}_curve.csv" for stage in ("test", "val")]
-    found = [path for path in candidates if path.is_file()]
-    if not found:
-        raise InputError(f"{run_dir} has no test_curve.csv or val_curve.csv; run `python -m looplm test` first.")
-    path = found[0]
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        # A file with several evaluation sets begins with the main one.
-        rows = [row for row in rows if row["split"] == rows[0]["split"]]
-        depths = [int(row["depth"]) for row in rows]
-        exact_match, token_accuracy = ([float(row[name]) for row in rows] for name in ("exact_match", "token_accuracy"))
-        if not rows:
-            raise ValueError("it has no rows")
-    except (ValueError, KeyError, TypeError, csv.Error, OSError) as error:
-        raise InputError(f"{path} is no curve: {error}.") from None
-    mean_depth = None
-    summary = path.with_name(path.name.replace("_curve.csv", "_summary.json"))
-    if summary != path and summary.is_file():
-        try:
-            mean_depth = json.loads(summary.read_text(encoding="utf-8")).get(rows[0]["split"], {}).get("mean_depth")
-        except (ValueError, AttributeError) as error:
-            raise InputError(f"{summary} is no summary of a curve: {error}.") from None
-    name = path.stem if run_dir.is_file() else run_dir.resolve().name
-    return Curve(
-        name=name, depths=depths, exact_match=exact_match, token_accuracy=token_accuracy, mean_depth=mean_depth
-    )
+_MOST_COLUMNS = 8
 
 
 def _shown_depths(curves: Sequence[Curve]) -> list[int]:
@@ -73,11 +29,11 @@ def _shown_depths(curves: Sequence[Curve]) -> list[int]:
     return [d for d in every if d == every[-1] or d & (d - 1) == 0 or str(d).rstrip("0") == "1"]
 
 
-def compare(run_dirs: Sequence[Path], output: Path) -> Path:
-    """Print the table of several runs and write ``comparison.csv`` and ``comparison.png``.
+def compare(runs: Sequence[Path], output: Path) -> Path:
+    """Print the table of several runs and write the files of :func:`write_comparison`.
 
     Args:
-        run_dirs: Run directories.
+        runs: Run directories, curves' CSV files, or rows files of ``sweep``, which hold many runs each.
         output: The folder to write to.
 
     Returns:
@@ -86,49 +42,122 @@ def compare(run_dirs: Sequence[Path], output: Path) -> Path:
     Raises:
         InputError: If a run has no curve, or two runs have the same name.
     """
+    curves: list[Curve] = []
+    for path in runs:
+        curves += read_rows(path).values() if path.is_file() and is_rows_file(path) else [read_curve(path)]
+    return write_comparison(curves, output)
+
+
+def write_comparison(curves: Sequence[Curve], output: Path) -> Path:
+    """Print the table and write ``comparison.csv``, ``robustness.csv``, ``comparison.html`` and PNG figures.
+
+    ``comparison.png`` is always there; figures of the dynamics only where a run has them.
+
+    Args:
+        curves: One for each run.
+        output: The folder to write to.
+
+    Returns:
+        The path of the picture.
+
+    Raises:
+        InputError: If there is no run, two have the same name, or the folder cannot be written.
+    """
     from rich.console import Console
-    from rich.table import Table
 
-    from looplm.figures import depth_curves
-
-    curves = [read_curve(path) for path in run_dirs]
     names = [curve.name for curve in curves]
-    if len(set(names)) != len(names):
+    if not names or len(set(names)) != len(names):
         raise InputError(f"runs must have different names, got {names}.")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{str(output)!r} must be a folder that can be written: {error.strerror}.") from None
-    with (output / "comparison.csv").open("w", newline="", encoding="utf-8") as file:
+    groups = group_runs(curves)
+    _write_curves(curves, output / "comparison.csv")
+    _write_robustness(groups, output / "robustness.csv")
+    pictures = make_pictures(groups)
+    for picture in pictures:
+        (output / f"{picture.name}.png").write_bytes(picture.png)
+    page = output / "comparison.html"
+    page.write_text(render_page(groups, pictures), encoding="utf-8")
+    if len(curves) <= _MOST_COLUMNS:
+        _print_depths(curves)
+    else:
+        _print_ranking(groups)
+    picture_path = output / "comparison.png"
+    Console().print(
+        f"picture: {picture_path}\ntable:   {output / 'comparison.csv'}\npage:    {page}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return picture_path
+
+
+def _write_curves(curves: Sequence[Curve], path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["run", "depth", "exact_match", "token_accuracy"])
         for curve in curves:
             columns = (curve.depths, curve.exact_match, curve.token_accuracy)
             writer.writerows([curve.name, *row] for row in zip(*columns, strict=True))
-    picture = output / "comparison.png"
-    depth_curves(
-        {curve.name: (curve.depths, curve.exact_match) for curve in curves},
-        mean_depths={curve.name: curve.mean_depth for curve in curves if curve.mean_depth is not None},
-    ).savefig(picture, dpi=150)
+
+
+def _write_robustness(groups: Sequence[Group], path: Path) -> None:
+    """Write the page's table: for each quantity mean, least and greatest over a group's runs, empty where unknown."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        heads = [f"{column.key}{suffix}" for column in COLUMNS for suffix in ("", "_min", "_max")]
+        writer.writerow(["rank", "run", "num_runs", "mean_depth", *heads])
+        for rank, group in enumerate(groups, start=1):
+            spreads = [column.value(group) or ("", "", "") for column in COLUMNS]
+            depth = "" if group.mean_depth is None else group.mean_depth
+            writer.writerow(
+                [rank, group.name, len(group.runs), depth, *(value for three in spreads for value in three)]
+            )
+
+
+def _print_depths(curves: Sequence[Curve]) -> None:
+    """Print one column a run and one row a depth."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
     table = Table(title="Exact match (%) by depth")
     table.add_column("depth", justify="right")
-    for name in names:
-        table.add_column(name, justify="right", overflow="fold")
+    for curve in curves:
+        table.add_column(Text(curve.name), justify="right", overflow="fold")
     values = [dict(zip(curve.depths, curve.exact_match, strict=True)) for curve in curves]
     for depth in _shown_depths(curves):
         table.add_row(f"{depth:,}", *(f"{100 * value[depth]:.1f}" if depth in value else "" for value in values))
     table.add_section()
     table.add_row("peak", *(f"{100 * max(value.values()):.1f}" for value in values))
     Console().print(table)
-    Console().print(f"picture: {picture}\ntable:   {output / 'comparison.csv'}", highlight=False, soft_wrap=True)
-    return picture
+
+
+def _print_ranking(groups: Sequence[Group]) -> None:
+    """Print one row a group, the most depth-robust first."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = COLUMNS[:4]
+    table = Table(title="Depth-robustness: mean over runs")
+    table.add_column("run", overflow="fold")
+    for column in shown:
+        table.add_column(column.title, justify="right")
+    for group in groups:
+        spreads = [(column, column.value(group)) for column in shown]
+        cells = ["–" if spread is None else f"{spread[0] * column.scale:{column.form}}" for column, spread in spreads]
+        table.add_row(Text(group.name), *cells)
+    Console().print(table)
 
 
 def run(argv: Sequence[str]) -> int:
     """Run the command; for its options see ``--help``."""
     parser = Parser("compare", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory, or a curve's CSV file")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="run directory, a curve's CSV file, or a rows file of sweep"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder to write to")
     args = parser.parse_args(argv)
     compare(args.runs, args.output)

@@ -1,87 +1,256 @@
 """``sweep``: fit and test several configs, each in a run directory of its own, then compare them.
 
-A finished run is kept and not repeated as long as its config, its options and the package's source are the same; a
-killed one goes on from its last checkpoint.
+A finished run is kept and not repeated as long as its configs, its options and the package's source are the same; a
+killed one goes on from its last checkpoint. A directory stands for its base.yaml with each of its other files as an
+overlay.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import fcntl
 import os
-import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
-import looplm
 from looplm.commands.arguments import Parser
-from looplm.commands.compare import compare
+from looplm.commands.compare import write_comparison
+from looplm.commands.curves import Curve, read_curve
+from looplm.commands.rows import append_row, read_rows
+from looplm.commands.runs import (
+    Run,
+    expand_runs,
+    is_finished,
+    is_fitted,
+    prepare_directory,
+    run_seed,
+    run_stamp,
+    write_stamp,
+)
 from looplm.errors import InputError
 
 __all__ = ["run", "run_stamp"]
 
-
-def run_stamp(config: Path, options: Sequence[str]) -> dict[str, str]:
-    """Return what a run's result depends on: hashes of its config with the options, and of the package's source.
-
-    Raises:
-        InputError: If the config cannot be read.
-    """
-    try:
-        text = config.read_bytes()
-    except OSError as error:
-        raise InputError(f"config {str(config)!r} cannot be read: {error.strerror}.") from None
-    settings = hashlib.sha256(text + "\0".join(["", *options]).encode()).hexdigest()
-    package = Path(looplm.__file__).parent
-    source = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        source.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
-    return {"config_sha256": settings, "code_sha256": source.hexdigest(), "version": looplm.__version__}
+_POLL_SECONDS = 0.05
+_GRACE_SECONDS = 10.0
 
 
-def _read_stamp(path: Path) -> dict[str, str] | None:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return None
-
-
-def _write_stamp(path: Path, stamp: dict[str, str]) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(stamp, indent=2), encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _call(command: str, *options: str) -> None:
-    arguments = [sys.executable, "-m", "looplm", command, *options]
-    sys.stdout.write("$ python -m looplm " + " ".join([command, *options]) + "\n")
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
     sys.stdout.flush()
-    code = subprocess.run(arguments, check=False).returncode
-    if code:
-        raise InputError(f"`python -m looplm {' '.join([command, *options])}` ended with exit code {code}.")
 
 
-def _fit_and_test(config: Path, run_dir: Path, options: Sequence[str]) -> None:
-    stamp = run_stamp(config, options)
-    if _read_stamp(run_dir / "finished.json") == stamp and (run_dir / "test_curve.csv").is_file():
-        sys.stdout.write(f"{run_dir}: finished already with this config and this code; kept\n")
+def _start(arguments: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-m", "looplm", *arguments], **options)
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _Job:
+    """One run at work: waits for its lock, then runs ``fit`` and ``test``, one process at a time."""
+
+    def __init__(self, run: Run, scratch: Path, *, quiet: bool, environment: dict[str, str] | None) -> None:
+        self.run, self.scratch, self.quiet, self.environment = run, scratch, quiet, environment
+        self.process: subprocess.Popen[bytes] | None = None
+        self.arguments: list[str] = []
+        self.is_kept = False
+        self._lock: IO[bytes] | None = None
+        self._steps = self._work()
+
+    def advance(self) -> bool:
+        """Start what can be started, without waiting for it; return whether the run is finished.
+
+        Raises:
+            InputError: If a process failed or the run's directory is not ours.
+        """
+        if self.process is not None:
+            code = self.process.poll()
+            if code is None:
+                return False
+            self.process = None
+            if code:
+                raise InputError(self._failure(code))
+        return next(self._steps, None) is None
+
+    def _work(self) -> Iterator[bool]:
+        """Yield after every start of a process, and while another process holds the run."""
+        self._lock = (self.scratch / f"{self.run.name}.lock").open("wb")
+        announced = False
+        while not self._acquire():
+            if not announced:
+                _say(f"{self.run.directory}: a process of another sweep works there; waiting for its end")
+                announced = True
+            yield True
+        stamp = self.run.stamp
+        if is_finished(self.run, stamp):
+            _say(f"{self.run.directory}: finished already with this config and this code; kept")
+            self.is_kept = True
+            return
+        prepare_directory(self.run, stamp, self.scratch)
+        if not is_fitted(self.run, stamp):
+            self._start("fit", "--ckpt_path=last")
+            yield True
+            write_stamp(self.run.directory / "fitted.json", stamp)
+        self._start("test")
+        yield True
+        write_stamp(self.run.directory / "finished.json", stamp)
+
+    def _acquire(self) -> bool:
+        assert self._lock is not None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _start(self, command: str, *extra: str) -> None:
+        assert self._lock is not None
+        self.arguments = [command, *self.run.arguments, *extra]
+        # The child inherits the lock: where this process is killed, its child keeps other sweeps out until it ends.
+        options: dict[str, Any] = {"pass_fds": [self._lock.fileno()], "env": self.environment}
+        _say("$ python -m looplm " + " ".join(self.arguments))
+        if not self.quiet:
+            self.process = _start(self.arguments, **options)
+            return
+        with self._log.open("ab") as log:
+            self.process = _start(self.arguments, stdout=log, stderr=log, stdin=subprocess.DEVNULL, **options)
+
+    @property
+    def _log(self) -> Path:
+        return self.run.directory / "output.log"
+
+    def _failure(self, code: int) -> str:
+        ended = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        text = f"`python -m looplm {' '.join(self.arguments)}` {ended}."
+        if self.quiet and self._log.is_file():
+            lines = self._log.read_text(encoding="utf-8", errors="replace").split("\n")
+            text += f" Its output is in {self._log}; the last line: {next(filter(str.strip, lines[::-1]), '')}"
+        return text
+
+    def terminate(self) -> None:
+        """Ask the process to end."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+
+    def close(self) -> None:
+        """Wait for the end of the process, force it if need be, and release the run."""
+        if self.process is not None:
+            try:
+                self.process.wait(_GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        if self._lock is not None:
+            self._lock.close()
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collect SIGTERM, SIGINT and SIGHUP in a list, so that none comes between a start and the note of its process."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
         return
-    resumes = _read_stamp(run_dir / "started.json") == stamp
-    if run_dir.exists() and not resumes:
-        if any(run_dir.iterdir()) and _read_stamp(run_dir / "started.json") is None:
-            raise InputError(f"{str(run_dir)!r} exists and was not made by `sweep`; name another `--root`.")
-        shutil.rmtree(run_dir)
+    names = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {name: signal.signal(name, lambda number, frame: received.append(number)) for name in names}
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{str(run_dir)!r} must be a folder that can be written: {error.strerror}.") from None
-    _write_stamp(run_dir / "started.json", stamp)
-    common = ["--config", str(config), *options, f"--trainer.default_root_dir={run_dir}"]
-    _call("fit", *common, "--ckpt_path=last")
-    _call("test", *common)
-    _write_stamp(run_dir / "finished.json", stamp)
+        yield received
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+class _Sweep:
+    """Works through runs, some at a time."""
+
+    def __init__(self, runs: Sequence[Run], root: Path, *, num_jobs: int, rows: Path | None) -> None:
+        self.waiting = deque(runs)
+        self.scratch = root / ".sweep"
+        self.num_jobs, self.rows = num_jobs, rows
+        self.environment: dict[str, str] | None = None
+        if num_jobs > 1:
+            self.environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, _num_cores() // num_jobs))}
+        self.curves: dict[str, Curve] = {}
+        self.num_runs = len(runs)
+
+    def work(self) -> list[Curve]:
+        """Return the curves of all runs, in the order in which they finished.
+
+        Raises:
+            InputError: If a run failed; those beside it end first, and no further one starts.
+            SystemExit: After a signal; the children have ended.
+        """
+        active: list[_Job] = []
+        failures: list[str] = []
+        with _stop_signals() as received:
+            try:
+                while (active or (self.waiting and not failures)) and not received:
+                    while self.waiting and len(active) < self.num_jobs and not failures and not received:
+                        if not self._skip_known(self.waiting[0]):
+                            active.append(self._begin(self.waiting[0]))
+                        self.waiting.popleft()
+                    before = len(active)
+                    active = [job for job in active if not self._ended(job, failures)]
+                    if active and len(active) == before:
+                        time.sleep(_POLL_SECONDS)
+            finally:
+                for job in active:
+                    job.terminate()
+                for job in active:
+                    job.close()
+        if received:
+            _say(f"stopped by signal {received[0]}; the same command goes on from here")
+            raise SystemExit(128 + received[0])
+        if failures:
+            raise InputError(" ".join(failures))
+        return list(self.curves.values())
+
+    def _begin(self, run: Run) -> _Job:
+        quiet = self.num_jobs > 1  # lines of several runs in one terminal would mix
+        return _Job(run, self.scratch, quiet=quiet, environment=self.environment)
+
+    def _ended(self, job: _Job, failures: list[str]) -> bool:
+        try:
+            self.scratch.mkdir(parents=True, exist_ok=True)
+            if not job.advance():
+                return False
+            self._note(job)
+        except InputError as error:
+            failures.append(str(error))
+        except OSError as error:
+            where = str(job.run.directory)
+            failures.append(f"{where!r} must be a folder that can be written: {error.strerror}.")
+        job.close()
+        return True
+
+    def _note(self, job: _Job) -> None:
+        run = job.run
+        curve = self.curves[run.name] = read_curve(run.directory)
+        if not job.is_kept:
+            _say(f"{run.directory}: finished ({len(self.curves)} of {self.num_runs})")
+        if self.rows is not None and append_row(self.rows, curve, run.stamp, run_seed(run)):
+            _say(f"{self.rows}: row of {run.name} added")
+
+    def _skip_known(self, run: Run) -> bool:
+        """Return whether the rows file has the run; what this machine has not trained is taken from there."""
+        if self.rows is None:
+            return False
+        stamp = run.stamp
+        known = read_rows(self.rows).get((run.name, stamp["config_sha256"]))
+        if known is None or is_finished(run, stamp):
+            return False
+        _say(f"{self.rows}: has a row of {run.name} with this config; not trained again")
+        self.curves[run.name] = known
+        return True
 
 
 def run(argv: Sequence[str]) -> int:
@@ -91,14 +260,20 @@ def run(argv: Sequence[str]) -> int:
         description=__doc__,
         epilog="Further options, such as --trainer.max_steps=100, go to every fit and test.",
     )
-    parser.add_argument("configs", nargs="+", type=Path, metavar="CONFIG", help="config of one run")
+    parser.add_argument(
+        "configs", nargs="+", type=Path, metavar="CONFIG", help="config of one run, or folder of base.yaml and overlays"
+    )
     parser.add_argument("--root", type=Path, default=Path("runs"), help="folder of the run directories")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[], metavar="SEED", help="train every config with each")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time; they share the cores")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="run these alone (stars, stars_seed1)")
+    parser.add_argument(
+        "--rows", type=Path, metavar="FILE", help="CSV that gets a row for every finished run; runs in it are skipped"
+    )
     args, options = parser.parse_known_args(argv)
-    stems = [config.stem for config in args.configs]
-    if len(set(stems)) != len(stems):
-        raise InputError(f"configs must have different names, got {stems}.")
-    run_dirs = [args.root / stem for stem in stems]
-    for config, run_dir in zip(args.configs, run_dirs, strict=True):
-        _fit_and_test(config, run_dir, options)
-    compare(run_dirs, args.root / "compare")
+    if args.jobs < 1:
+        raise InputError(f"`--jobs` must be >= 1, got {args.jobs}.")
+    runs = expand_runs(args.configs, root=args.root, options=options, seeds=args.seeds, only=args.only)
+    curves = {curve.name: curve for curve in _Sweep(runs, args.root, num_jobs=args.jobs, rows=args.rows).work()}
+    write_comparison([curves[one.name] for one in runs], args.root / "compare")
     return 0

@@ -22,12 +22,15 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Let ``sweep`` run its fits and tests in this process (a new one takes seconds to start); return the calls."""
     calls: list[list[str]] = []
 
-    def run(arguments: list[str], check: bool) -> subprocess.CompletedProcess[bytes]:
-        assert arguments[:3] == [sys.executable, "-m", "looplm"]
-        calls.append(arguments[3:])
-        return subprocess.CompletedProcess(arguments, main(arguments[3:]))
+    class Ended:
+        def __init__(self, arguments: list[str], **options: Any) -> None:
+            calls.append(arguments)
+            self.code = main(arguments)
 
-    monkeypatch.setattr("looplm.commands.sweep.subprocess.run", run)
+        def poll(self) -> int:
+            return self.code
+
+    monkeypatch.setattr("looplm.commands.sweep._start", Ended)
     return calls
 
 
@@ -50,7 +53,8 @@ def test_finished_runs_are_kept_and_changed_ones_run_again(
 
     assert main(sweep) == 0
     assert _commands(in_process) == ["fit", "test"] * 2
-    assert {path.name for path in (root / "compare").iterdir()} == {"comparison.csv", "comparison.png"}
+    written = {"comparison.csv", "comparison.html", "comparison.png", "robustness.csv"}
+    assert {path.name for path in (root / "compare").iterdir()} == written
     kept = [path.stat().st_mtime_ns for path in (_checkpoint(root / "first"), _checkpoint(root / "second"))]
 
     assert main(sweep) == 0

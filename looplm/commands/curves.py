@@ -1,0 +1,234 @@
+"""What a finished run left behind: its accuracy and dynamics by depth, and how well it holds its accuracy.
+
+Reads files; draws nothing, trains nothing, and knows neither Lightning nor torch.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from looplm.errors import InputError
+
+__all__ = [
+    "DYNAMICS",
+    "Curve",
+    "Group",
+    "accuracy_at",
+    "area_under_curve",
+    "group_runs",
+    "read_curve",
+    "read_dynamics",
+]
+
+DYNAMICS = ("residual", "state_norm", "mean_gain", "spectral_norm", "spectral_radius", "lyapunov")
+"""Columns of ``{stage}_dynamics.csv`` beside ``depth``; any of them may be missing."""
+_HEADS = {"lyapunov": ("lyapunov", "lyapunov_exponent")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """Accuracy by depth of one run, as read from its directory."""
+
+    name: str
+    depths: list[int]
+    exact_match: list[float]
+    token_accuracy: list[float]
+    mean_depth: float | None
+    dynamics: Mapping[str, list[float]] = field(default_factory=dict)
+    """``depth`` and some of ``DYNAMICS``, one value a depth, NaN where there is none; empty if they were not logged."""
+
+    @property
+    def robustness(self) -> float | None:
+        """Area under the exact match up to 8 × mean trained depth, in [0, 1]; see :func:`area_under_curve`."""
+        return (
+            None if not self.mean_depth else area_under_curve(self.depths, self.exact_match, last=8 * self.mean_depth)
+        )
+
+    def at_multiple(self, multiple: float) -> float | None:
+        """Return the exact match at a multiple of the mean trained depth; see :func:`accuracy_at`."""
+        return None if not self.mean_depth else accuracy_at(self.depths, self.exact_match, multiple * self.mean_depth)
+
+    def deepest(self, quantity: str) -> float | None:
+        """Return a quantity of the dynamics at the deepest depth where it is finite."""
+        finite = [value for value in self.dynamics.get(quantity, ()) if math.isfinite(value)]
+        return finite[-1] if finite else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Runs that differ in nothing but the seed."""
+
+    name: str
+    runs: list[Curve]
+
+    def spread(self, values: Sequence[float | None]) -> tuple[float, float, float] | None:
+        """Return mean, least and greatest of the values of the runs that have one."""
+        known = [value for value in values if value is not None]
+        return (sum(known) / len(known), min(known), max(known)) if known else None
+
+    @property
+    def robustness(self) -> tuple[float, float, float] | None:
+        """Mean, least and greatest :attr:`Curve.robustness`."""
+        return self.spread([run.robustness for run in self.runs])
+
+    def at_multiple(self, multiple: float) -> tuple[float, float, float] | None:
+        """Mean, least and greatest :meth:`Curve.at_multiple`."""
+        return self.spread([run.at_multiple(multiple) for run in self.runs])
+
+    def deepest(self, quantity: str) -> tuple[float, float, float] | None:
+        """Mean, least and greatest :meth:`Curve.deepest`."""
+        return self.spread([run.deepest(quantity) for run in self.runs])
+
+    @property
+    def peak(self) -> tuple[float, float, float] | None:
+        """Mean, least and greatest peak."""
+        return self.spread([max(run.exact_match) for run in self.runs])
+
+    @property
+    def mean_depth(self) -> float | None:
+        """Mean trained depth (loops)."""
+        found = self.spread([run.mean_depth for run in self.runs])
+        return None if found is None else found[0]
+
+
+def accuracy_at(depths: Sequence[int], accuracy: Sequence[float], depth: float) -> float | None:
+    """Return the accuracy at a depth, linear between evaluated depths; None outside them.
+
+    Args:
+        depths: K increasing depths.
+        accuracy: The accuracy at each.
+        depth: Where (loops; need not be whole).
+
+    Example:
+        >>> accuracy_at([0, 4, 8], [0.0, 1.0, 0.5], 6.0)
+        0.75
+    """
+    if not depths[0] <= depth <= depths[-1]:
+        return None
+    return float(np.interp(depth, depths, accuracy))
+
+
+def area_under_curve(depths: Sequence[int], accuracy: Sequence[float], *, last: float) -> float | None:
+    """Return ``∫ a(d) dd / (last − d₁)`` from the first evaluated depth d₁ to ``last``, a linear between depths.
+
+    That is the mean accuracy over depth (not its logarithm): the trapezoid rule on the evaluated depths. 1 means every
+    problem right at every depth from d₁ on.
+
+    Args:
+        depths: K increasing depths d₁ < … < d_K.
+        accuracy: The accuracy at each, in [0, 1].
+        last: Where the area ends (loops; need not be whole).
+
+    Returns:
+        The area in [0, 1]; None if the curve does not reach ``last``, since a shorter area would not compare.
+
+    Example:
+        >>> area_under_curve([0, 4, 8], [0.0, 1.0, 0.5], last=6)
+        0.625
+    """
+    end = accuracy_at(depths, accuracy, last)
+    if end is None or last <= depths[0]:
+        return None
+    inner = [(depth, value) for depth, value in zip(depths, accuracy, strict=True) if depth < last]
+    x, y = (np.array(column, dtype=float) for column in zip(*inner, (last, end), strict=True))
+    return float(np.sum(np.diff(x) * (y[1:] + y[:-1]) / 2) / (last - depths[0]))
+
+
+def group_runs(curves: Sequence[Curve]) -> list[Group]:
+    """Group runs called ``NAME_seedN`` under NAME and sort the groups, the most depth-robust first.
+
+    Sorted by :attr:`Curve.robustness`, then by the exact match at 16 × mean depth, both as means over the runs; groups
+    without them stand last, by their peak.
+    """
+    named: dict[str, list[Curve]] = {}
+    for curve in curves:
+        named.setdefault(re.sub(r"_seed\d+$", "", curve.name), []).append(curve)
+    groups = [Group(name=name, runs=runs) for name, runs in named.items()]
+
+    def rank(group: Group) -> tuple[float, ...]:
+        values = (group.robustness, group.at_multiple(16), group.peak)
+        return tuple(-1.0 if value is None else value[0] for value in values)
+
+    return sorted(groups, key=rank, reverse=True)
+
+
+def read_curve(run_dir: Path) -> Curve:
+    """Read the test curve of a run (else its validation curve), and its dynamics if there are any.
+
+    Args:
+        run_dir: A run directory, or a curve's CSV file.
+
+    Raises:
+        InputError: If there is none, or it is damaged.
+    """
+    candidates = [run_dir] if run_dir.is_file() else [run_dir / f"{stage}_curve.csv" for stage in ("test", "val")]
+    found = [path for path in candidates if path.is_file()]
+    if not found:
+        raise InputError(f"{run_dir} has no test_curve.csv or val_curve.csv; run `python -m looplm test` first.")
+    path = found[0]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        # A file with several evaluation sets begins with the main one.
+        rows = [row for row in rows if row["split"] == rows[0]["split"]]
+        depths = [int(row["depth"]) for row in rows]
+        exact_match, token_accuracy = ([float(row[name]) for row in rows] for name in ("exact_match", "token_accuracy"))
+        if not rows:
+            raise ValueError("it has no rows")
+    except (ValueError, KeyError, TypeError, csv.Error, OSError) as error:
+        raise InputError(f"{path} is no curve: {error}.") from None
+    return Curve(
+        name=path.stem if run_dir.is_file() else run_dir.resolve().name,
+        depths=depths,
+        exact_match=exact_match,
+        token_accuracy=token_accuracy,
+        mean_depth=_read_mean_depth(path, rows[0]["split"]),
+        dynamics=read_dynamics(path.with_name(path.name.replace("_curve.csv", "_dynamics.csv"))),
+    )
+
+
+def _read_mean_depth(curve: Path, split: str) -> float | None:
+    summary = curve.with_name(curve.name.replace("_curve.csv", "_summary.json"))
+    if summary == curve or not summary.is_file():
+        return None
+    try:
+        mean_depth = json.loads(summary.read_text(encoding="utf-8")).get(split, {}).get("mean_depth")
+        return None if mean_depth is None else float(mean_depth)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{summary} is no summary of a curve: {error}.") from None
+
+
+def read_dynamics(path: Path) -> dict[str, list[float]]:
+    """Read ``{stage}_dynamics.csv``: ``depth`` and those of ``DYNAMICS`` that it has; empty if there is no such file.
+
+    Raises:
+        InputError: If it has no depths, or a value is no number.
+    """
+    if not path.name.endswith("_dynamics.csv") or not path.is_file():
+        return {}
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        if rows and "split" in rows[0]:
+            rows = [row for row in rows if row["split"] == rows[0]["split"]]
+        depths = [float(row["depth"]) for row in rows]
+        heads = {
+            name: next((head for head in _HEADS.get(name, (name,)) if rows and head in rows[0]), None)
+            for name in DYNAMICS
+        }
+        # An empty cell is a quantity that was not computed at that depth.
+        columns = {
+            name: [float(row[head]) if row[head] else math.nan for row in rows] for name, head in heads.items() if head
+        }
+    except (ValueError, KeyError, TypeError, csv.Error, OSError) as error:
+        raise InputError(f"{path} is no table of dynamics: {error}.") from None
+    kept = {name: values for name, values in columns.items() if any(map(math.isfinite, values))}
+    return {"depth": depths, **kept} if kept else {}

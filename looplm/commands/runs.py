@@ -1,0 +1,230 @@
+"""The runs of a sweep: which configs, which seed, which directory, and what of a run's directory can be kept.
+
+Knows files and hashes; starts no process and trains nothing. A run's directory says by stamps what stands in it:
+``started.json`` from its first moment, ``fitted.json`` after training, ``finished.json`` after the test. Directories
+appear and vanish by renaming, so that a kill at any moment leaves none that is half made or half removed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import looplm
+from looplm.errors import InputError
+
+__all__ = [
+    "Run",
+    "expand_runs",
+    "is_finished",
+    "is_fitted",
+    "prepare_directory",
+    "run_seed",
+    "run_stamp",
+    "write_stamp",
+]
+
+BASE = "base.yaml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training and its test."""
+
+    name: str
+    """Name of its directory."""
+    config_name: str
+    """Name without the seed."""
+    configs: tuple[Path, ...]
+    """Config files; a later one overrides an earlier one."""
+    options: tuple[str, ...]
+    """Options of ``fit`` and ``test`` beside the configs and the directory."""
+    directory: Path
+    """Where everything of it stands."""
+
+    @property
+    def stamp(self) -> dict[str, str]:
+        """What the result depends on; see :func:`run_stamp`."""
+        return run_stamp(self.configs, self.options)
+
+    @property
+    def arguments(self) -> list[str]:
+        """Arguments that ``fit`` and ``test`` share."""
+        configs = [argument for path in self.configs for argument in ("--config", str(path))]
+        return [*configs, *self.options, f"--trainer.default_root_dir={self.directory}"]
+
+
+def run_stamp(configs: Path | Sequence[Path], options: Sequence[str]) -> dict[str, str]:
+    """Return what a run's result depends on: hashes of its configs with the options, and of the package's source.
+
+    Args:
+        configs: The config file, or all of them in order.
+        options: Further options of the run.
+
+    Raises:
+        InputError: If a config cannot be read.
+    """
+    settings = hashlib.sha256()
+    for config in [configs] if isinstance(configs, Path) else configs:
+        try:
+            text = config.read_bytes()
+        except OSError as error:
+            raise InputError(f"config {str(config)!r} cannot be read: {error.strerror}.") from None
+        # The length tells two configs from one config that is their concatenation.
+        settings.update(f"{len(text)}\0".encode() + text)
+    settings.update("\0".join(["", *options]).encode())
+    package = Path(looplm.__file__).parent
+    source = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        source.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
+    return {"config_sha256": settings.hexdigest(), "code_sha256": source.hexdigest(), "version": looplm.__version__}
+
+
+def _config_files(argument: Path) -> list[tuple[str, tuple[Path, ...]]]:
+    """Return (name, config files) of one argument: a file is one run, a directory its base with each overlay."""
+    if not argument.is_dir():
+        return [(argument.stem, (argument,))]
+    base = argument / BASE
+    overlays = sorted(path for path in argument.glob("*.yaml") if path.name != BASE)
+    if not base.is_file() or not overlays:
+        raise InputError(f"{str(argument)!r} must hold {BASE} and at least one overlay *.yaml to be swept.")
+    return [(overlay.stem, (base, overlay)) for overlay in overlays]
+
+
+def expand_runs(
+    arguments: Sequence[Path],
+    *,
+    root: Path,
+    options: Sequence[str],
+    seeds: Sequence[int] = (),
+    only: Sequence[str] = (),
+) -> list[Run]:
+    """Return the runs of a sweep: every config with the first seed, then with the second, and so on.
+
+    Args:
+        arguments: Config files, and directories of a ``base.yaml`` with overlays.
+        root: Folder of the run directories.
+        options: Options of every run.
+        seeds: Seeds; none: that of the config, and names without a seed.
+        only: Names of configs, or of runs with their seed, to keep; none: all.
+
+    Raises:
+        InputError: If two configs have one name, a name in ``only`` is unknown, or a config cannot be read.
+    """
+    found = [run for argument in arguments for run in _config_files(argument)]
+    names = [name for name, _ in found]
+    if len(set(names)) != len(names):
+        raise InputError(f"configs must have different names, got {names}.")
+    if len(set(seeds)) != len(seeds) or any(seed < 0 for seed in seeds):
+        raise InputError(f"`--seeds` must be different integers >= 0, got {list(seeds)}.")
+    runs = []
+    for seed in seeds or (None,):
+        for name, configs in found:
+            full = name if seed is None else f"{name}_seed{seed}"
+            seeded = (*options, *(() if seed is None else (f"--seed_everything={seed}",)))
+            runs.append(Run(name=full, config_name=name, configs=configs, options=seeded, directory=root / full))
+    unknown = [name for name in only if not any(name in (run.name, run.config_name) for run in runs)]
+    if unknown:
+        raise InputError(f"`--only` must name some of {names}, got {unknown}.")
+    kept = [run for run in runs if not only or run.name in only or run.config_name in only]
+    # A config that cannot be read is found now, not after hours.
+    for run in kept:
+        for config in run.configs:
+            run_stamp(config, ())
+    return kept
+
+
+def run_seed(run: Run) -> str:
+    """Return the seed that a run was trained with, as its directory's config says it; empty if that is unknown."""
+    try:
+        text = (run.directory / "config.yaml").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+    match = re.search(r"^seed_everything:\s*(\d+)\s*$", text, flags=re.MULTILINE)
+    return match.group(1) if match else ""
+
+
+def _read_stamp(path: Path) -> dict[str, str] | None:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def write_stamp(path: Path, stamp: dict[str, str]) -> None:
+    """Write a stamp so that a reader sees a whole one or none."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(json.dumps(stamp, indent=2), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def is_finished(run: Run, stamp: dict[str, str]) -> bool:
+    """Return whether a run's directory holds the result of these configs, options and this code."""
+    return _read_stamp(run.directory / "finished.json") == stamp and (run.directory / "test_curve.csv").is_file()
+
+
+def is_fitted(run: Run, stamp: dict[str, str]) -> bool:
+    """Return whether a run's directory holds the trained weights of these configs, options and this code."""
+    return _read_stamp(run.directory / "fitted.json") == stamp and (run.directory / "checkpoints/last.ckpt").exists()
+
+
+def prepare_directory(run: Run, stamp: dict[str, str], scratch: Path) -> None:
+    """Make a run's directory ready for ``fit --ckpt_path=last``: empty, or as an interrupted run left it.
+
+    Args:
+        run: The run.
+        stamp: Its stamp now.
+        scratch: A folder in the same file system for what is being made and removed.
+
+    Raises:
+        InputError: If the directory is not ours.
+        OSError: If it cannot be written.
+    """
+    new, old = scratch / f"{run.name}.new", scratch / f"{run.name}.old"
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    started = _read_stamp(run.directory / "started.json")
+    if run.directory.exists() and started != stamp:
+        if started is None and any(run.directory.iterdir()):
+            raise InputError(f"{str(run.directory)!r} exists and was not made by `sweep`; name another `--root`.")
+        os.rename(run.directory, old)
+        shutil.rmtree(old)
+    if not run.directory.exists():
+        new.mkdir(parents=True)
+        write_stamp(new / "started.json", stamp)
+        os.rename(new, run.directory)
+    _mend_last_checkpoint(run.directory / "checkpoints")
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    if checkpoint.is_dir():  # sharded: several files, which we cannot judge
+        return True
+    try:
+        return zipfile.ZipFile(checkpoint).testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def _mend_last_checkpoint(folder: Path) -> None:
+    """Put the newest whole checkpoint in the place of a ``last.ckpt`` that a kill cut off, or remove that.
+
+    Lightning writes a checkpoint to the system's temporary folder and moves it: across file systems that is a copy,
+    which can be cut off.
+    """
+    last = folder / "last.ckpt"
+    if not folder.is_dir() or (last.exists() and _is_whole(last)):
+        return
+    others = [path for path in folder.glob("*.ckpt") if path != last and path.is_file() and _is_whole(path)]
+    if others:
+        part = folder / ".last.ckpt.part"
+        shutil.copyfile(max(others, key=lambda path: path.stat().st_mtime_ns), part)
+        os.replace(part, last)
+    else:
+        last.unlink(missing_ok=True)
