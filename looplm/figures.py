@@ -12,22 +12,25 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Figure  # for the types of other files
 
 __all__ = [
+    "COLOURS",
     "accuracy_and_stability",
-    "bands_by_depth",
+    "blank",
+    "canvas",
+    "depth_axis",
     "depth_curves",
     "eigenvalue_plane",
     "latent_paths",
-    "numbered_points",
+    "line_style",
     "quantity_by_depth",
 ]
 
 # Okabe and Ito's palette, told apart by the colour-blind; line style and marker tell the curves apart in grey too.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES = ("-", "--", "-.", ":")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
-def _depth_axis(axes: Axes, depths: Sequence[int]) -> None:
+def depth_axis(axes: Axes, depths: Sequence[int]) -> None:
     """Show depth 0, 1, 2, 4, … at even distances."""
     axes.set_xscale("symlog", base=2, linthresh=1, linscale=1)
     last = max(depths)
@@ -38,19 +41,25 @@ def _depth_axis(axes: Axes, depths: Sequence[int]) -> None:
     axes.set_xlabel("depth (loops, log scale)")
 
 
-def _canvas(size: tuple[float, float] = (8, 4.5), projection: str | None = None) -> tuple[Figure, Any]:
+def blank(size: tuple[float, float]) -> Figure:
+    """Return an empty figure of a size in inches."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, layout="constrained")
+    return Figure(figsize=size, layout="constrained")
+
+
+def canvas(size: tuple[float, float] = (8, 4.5), projection: str | None = None) -> tuple[Figure, Any]:
+    """Return a figure and its one pair of axes."""
+    figure = blank(size)
     return figure, figure.add_subplot(projection=projection)
 
 
-def _line(index: int, num_lines: int) -> dict[str, Any]:
+def line_style(index: int, num_lines: int) -> dict[str, Any]:
     """Return the style of one of several lines: colour, dash and marker all differ as long as they can."""
-    styles_apart = num_lines <= len(_COLOURS)
+    styles_apart = num_lines <= len(COLOURS)
     return {
-        "color": _COLOURS[index % len(_COLOURS)],
-        "linestyle": _STYLES[(index if styles_apart else index // len(_COLOURS)) % len(_STYLES)],
+        "color": COLOURS[index % len(COLOURS)],
+        "linestyle": _STYLES[(index if styles_apart else index // len(COLOURS)) % len(_STYLES)],
         "marker": _MARKERS[index % len(_MARKERS)],
         "markersize": 4,
         "markevery": 0.03,
@@ -76,14 +85,14 @@ def depth_curves(
     Returns:
         The figure, 8 × 4.5 inches.
     """
-    figure, axes = _canvas()
+    figure, axes = canvas()
     for index, (name, (depths, accuracy)) in enumerate(curves.items()):
         mean = (mean_depths or {}).get(name)
         label = name if mean is None else f"{name} (mean trained depth {mean:.3g}, dotted)"
-        axes.plot(depths, [100 * value for value in accuracy], label=label, **_line(index, len(curves)))
+        axes.plot(depths, [100 * value for value in accuracy], label=label, **line_style(index, len(curves)))
         if mean is not None:
-            axes.axvline(mean, color=_COLOURS[index % len(_COLOURS)], linestyle=":", linewidth=1, alpha=0.7)
-    _depth_axis(axes, [depth for depths, _ in curves.values() for depth in depths])
+            axes.axvline(mean, color=COLOURS[index % len(COLOURS)], linestyle=":", linewidth=1, alpha=0.7)
+    depth_axis(axes, [depth for depths, _ in curves.values() for depth in depths])
     axes.set_ylim(-3, 103)
     axes.set_ylabel(ylabel)
     axes.set_title(title)
@@ -116,17 +125,17 @@ def quantity_by_depth(
     Returns:
         The figure, 8 × 4.5 inches.
     """
-    figure, axes = _canvas()
+    figure, axes = canvas()
     num_points = 0
     for index, (name, (depths, values)) in enumerate(curves.items()):
         kept = [(d, v) for d, v in zip(depths, values, strict=True) if np.isfinite(v) and (v > 0 or not log_scale)]
-        axes.plot(*zip(*kept, strict=True) if kept else ((), ()), label=name, **_line(index, len(curves)))
+        axes.plot(*zip(*kept, strict=True) if kept else ((), ()), label=name, **line_style(index, len(curves)))
         num_points += len(kept)
     if threshold is not None:
         axes.axhline(
             threshold, color="0.35", linewidth=1, linestyle=(0, (4, 3)), label=threshold_label or f"{threshold:g}"
         )
-    _depth_axis(axes, [depth for depths, _ in curves.values() for depth in depths])
+    depth_axis(axes, [depth for depths, _ in curves.values() for depth in depths])
     if log_scale and num_points:
         axes.set_yscale("log")
     if from_zero:
@@ -149,14 +158,14 @@ def eigenvalue_plane(eigenvalues: Mapping[str, Sequence[complex]], *, title: str
     Returns:
         The figure, 7 × 5 inches.
     """
-    figure, axes = _canvas((7, 5))
+    figure, axes = canvas((7, 5))
     angle = np.linspace(0, 2 * np.pi, 361)
     axes.fill(np.cos(angle), np.sin(angle), color="0.95", zorder=0)
     axes.plot(np.cos(angle), np.sin(angle), color="0.35", linewidth=1, label="unit circle")
     for index, (name, values) in enumerate(eigenvalues.items()):
         points = np.asarray(values, dtype=complex)
         points = points[np.isfinite(points)]
-        style = {"color": _COLOURS[index % len(_COLOURS)], "marker": _MARKERS[index % len(_MARKERS)]}
+        style = {"color": COLOURS[index % len(COLOURS)], "marker": _MARKERS[index % len(_MARKERS)]}
         axes.scatter(points.real, points.imag, s=26, alpha=0.8, linewidths=0, label=name, zorder=3, **style)
     axes.axhline(0, color="0.8", linewidth=0.8, zorder=1)
     axes.axvline(0, color="0.8", linewidth=0.8, zorder=1)
@@ -194,7 +203,7 @@ def latent_paths(
     from matplotlib.colors import Normalize
 
     num_paths, dims = coordinates.shape[1:]
-    figure, axes = _canvas((7.5, 5.5), projection="3d" if dims == 3 else None)
+    figure, axes = canvas((7.5, 5.5), projection="3d" if dims == 3 else None)
     shade = np.log2(np.asarray(depths, dtype=float) + 1)
     scale = Normalize(shade.min(), max(shade.max(), shade.min() + 1e-9))
     if dims == 3:
@@ -254,180 +263,27 @@ def accuracy_and_stability(
     Returns:
         The figure, 8 × 4.5 inches.
     """
-    figure, axes = _canvas()
-    left = axes.plot(depths, [100 * value for value in accuracy], label="exact match (left)", **_line(0, 2))
+    figure, axes = canvas()
+    left = axes.plot(depths, [100 * value for value in accuracy], label="exact match (left)", **line_style(0, 2))
     right_axes = axes.twinx()
     kept = [(d, v) for d, v in zip(stability_depths, stability, strict=True) if np.isfinite(v)]
     values = [value for _, value in kept]
     label = f"{stability_label} (right)"
-    right = right_axes.plot(*zip(*kept, strict=True) if kept else ((), ()), label=label, **_line(1, 2))
-    one = right_axes.axhline(1.0, color=_COLOURS[1], linewidth=1.2, linestyle=":", label=f"{stability_label} = 1")
+    right = right_axes.plot(*zip(*kept, strict=True) if kept else ((), ()), label=label, **line_style(1, 2))
+    one = right_axes.axhline(1.0, color=COLOURS[1], linewidth=1.2, linestyle=":", label=f"{stability_label} = 1")
     if values and min(values) > 0 and max(values) > 20:
         right_axes.set_yscale("log")
         unit = " (log scale)"
     else:
         unit = ""
         right_axes.set_ylim(0, max(1.2, 1.1 * max(values, default=1.0)))
-    right_axes.set_ylabel(stability_label + unit, color=_COLOURS[1])
-    right_axes.tick_params(axis="y", colors=_COLOURS[1])
-    _depth_axis(axes, [*depths, *stability_depths])
+    right_axes.set_ylabel(stability_label + unit, color=COLOURS[1])
+    right_axes.tick_params(axis="y", colors=COLOURS[1])
+    depth_axis(axes, [*depths, *stability_depths])
     axes.set_ylim(-3, 103)
-    axes.set_ylabel("exact match (%)", color=_COLOURS[0])
-    axes.tick_params(axis="y", colors=_COLOURS[0])
+    axes.set_ylabel("exact match (%)", color=COLOURS[0])
+    axes.tick_params(axis="y", colors=COLOURS[0])
     axes.set_title(title)
     axes.grid(alpha=0.3)
     figure.legend(handles=[*left, *right, one], loc="outside lower center", ncols=3, frameon=False)
-    return figure
-
-
-_BAND = "least to greatest run"
-
-
-def _plain(name: str, longest: int = 28) -> str:
-    """Return a name as matplotlib shows it: ``$`` is no mathematics, and what is too long loses its middle."""
-    if len(name) > longest:
-        name = f"{name[: longest // 2]}…{name[-(longest // 2 - 1) :]}"
-    return name.replace("$", r"\$")
-
-
-def _over_runs(runs: Sequence[tuple[Sequence[int], Sequence[float]]]) -> tuple[np.ndarray, ...]:
-    """Return the depths that all runs have, and mean, least and greatest of their values there; NaN where one is."""
-    tables = [dict(zip(depths, values, strict=True)) for depths, values in runs]
-    depths = sorted(set.intersection(*(set(table) for table in tables)))
-    values = np.array([[table[depth] for depth in depths] for table in tables], dtype=float).reshape(len(tables), -1)
-    values[~np.isfinite(values)] = np.nan
-    return np.array(depths), values.mean(0), values.min(0), values.max(0)
-
-
-def bands_by_depth(
-    curves: Mapping[str, Sequence[tuple[Sequence[int], Sequence[float]]]],
-    *,
-    title: str,
-    ylabel: str,
-    marks: Mapping[str, float] | None = None,
-    limits: tuple[float, float] | None = None,
-    log_scale: bool = False,
-    threshold: float | None = None,
-) -> Figure:
-    """Draw a quantity by depth for groups of runs: mean over the runs, and the band from the least to the greatest.
-
-    As long as colours tell them apart all groups share one pair of axes, else each has its own, the others in grey.
-
-    Args:
-        curves: For each group the depths and values of its runs; drawn where all runs have a finite value.
-        title: Above the figure.
-        ylabel: Name and unit of the quantity.
-        marks: A depth to mark in some groups, the mean trained depth (loops).
-        limits: Ends of the quantity's axis; None: what the values need.
-        log_scale: Whether that axis is logarithmic; values <= 0 are left out then.
-        threshold: A value to mark with a line.
-
-    Returns:
-        The figure, 8.5 × 4.5 inches, or four panels a row.
-    """
-    from matplotlib.figure import Figure
-
-    bands = {name: _over_runs(runs) for name, runs in curves.items()}
-    together = len(bands) <= len(_COLOURS)
-    num_rows = -(-len(bands) // 4)
-    size = (8.5, 4.5) if together else (11.5, 1.75 * num_rows + 1.3)
-    figure = Figure(figsize=size, layout="constrained")
-    shape = (1, 1) if together else (num_rows, 4)
-    grid = list(figure.subplots(*shape, squeeze=False, sharex=True, sharey=True).flat)
-    every = [int(depth) for depths, *_ in bands.values() for depth in depths] or [1]
-    for axes in grid:
-        _depth_axis(axes, every)
-        axes.grid(alpha=0.3)
-        if limits is not None:
-            axes.set_ylim(*limits)
-        if log_scale:
-            axes.set_yscale("log", nonpositive="mask")
-        if threshold is not None:
-            dashes = {"color": "black", "linewidth": 1, "linestyle": (0, (4, 3))}
-            axes.axhline(threshold, label=f"{threshold:g}, marked", **dashes)
-    for index, (name, (depths, mean, least, greatest)) in enumerate(bands.items()):
-        axes = grid[0 if together else index]
-        style = _line(index, len(bands)) if together else {"color": _COLOURS[0], "linewidth": 1.8}
-        if not together:
-            # One broken line: a line for each would be hundreds of objects, which take seconds to draw.
-            x, y = (np.concatenate([[*band[axis], np.nan] for band in bands.values()]) for axis in (0, 1))
-            axes.plot(x, y, color="0.82", linewidth=0.7, zorder=1, label="all others")
-            axes.set_title(_plain(name), fontsize=9)
-        axes.plot(depths, mean, label=_plain(name, 40) if together else "mean over its runs", zorder=3, **style)
-        if len(curves[name]) > 1:
-            shade = {"color": style["color"], "alpha": 0.25, "linewidth": 0, "label": _BAND}
-            axes.fill_between(depths, least, greatest, zorder=2, **shade)
-        if marks and name in marks:
-            line = {"color": style["color"] if together else _COLOURS[1], "linestyle": ":", "linewidth": 1.2}
-            axes.axvline(marks[name], label="mean trained depth", **line)
-    _label_grid(figure, grid, len(bands), title, ylabel, together=together, last=max(every))
-    return figure
-
-
-def _label_grid(
-    figure: Figure, grid: Any, num_panels: int, title: str, ylabel: str, *, together: bool, last: int
-) -> None:
-    """Name axes once, thin out ticks that would touch, and put one legend beside or below all axes."""
-    handles: dict[str, Any] = {}
-    for axes in grid:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    if together:
-        grid[0].set_ylabel(ylabel)
-        grid[0].set_title(title)
-        figure.legend(handles.values(), handles, loc="outside right upper", frameon=False)
-        return
-    ticks = [0, *(4**k for k in range(last.bit_length()) if 4**k <= last)]
-    for index, axes in enumerate(grid):
-        is_lowest = num_panels - 4 <= index < num_panels
-        axes.set_xlabel("depth (loops, log scale)" if is_lowest else "", fontsize=9)
-        axes.set_xticks(ticks, labels=[f"{tick:,}" for tick in ticks])
-        axes.tick_params(labelsize=8, labelbottom=is_lowest)
-        axes.set_visible(index < num_panels)
-    figure.suptitle(title)
-    figure.supylabel(ylabel, fontsize=10)
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
-
-
-def numbered_points(
-    points: Mapping[str, Sequence[tuple[float, float]]],
-    *,
-    title: str,
-    xlabel: str,
-    ylabel: str,
-    limits: tuple[float, float] | None = None,
-    threshold: float | None = None,
-    log_scale: bool = False,
-) -> Figure:
-    """Draw points of groups of runs, one a run; each group is drawn as its number, which the legend beside resolves.
-
-    Args:
-        points: For each group the (x, y) of its runs; those that are not finite are left out.
-        title: Above the figure.
-        xlabel: Name and unit of x.
-        ylabel: Name and unit of y.
-        limits: Ends of the axis of y; None: what the values need.
-        threshold: An x to mark with a line.
-        log_scale: Whether the axis of x is logarithmic.
-
-    Returns:
-        The figure, 9.5 × 5.5 inches.
-    """
-    figure, axes = _canvas((9.5, 5.5))
-    for index, (name, pairs) in enumerate(points.items()):
-        kept = [(x, y) for x, y in pairs if np.isfinite(x) and np.isfinite(y) and (x > 0 or not log_scale)]
-        style = {"color": _COLOURS[index % len(_COLOURS)], "marker": f"${index + 1}$", "s": 70 if index < 9 else 110}
-        axes.scatter(*zip(*kept, strict=True) if kept else ((), ()), linewidths=0.3, label=_plain(name), **style)
-    if log_scale:
-        axes.set_xscale("log")
-    if threshold is not None:
-        axes.axvline(threshold, color="0.35", linewidth=1, linestyle=(0, (4, 3)), label=f"{threshold:g}, marked")
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
-    axes.set_title(title)
-    axes.grid(alpha=0.3)
-    if limits is not None:
-        axes.set_ylim(*limits)
-    columns = 1 if len(points) <= 26 else 2
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8, ncols=columns)
     return figure

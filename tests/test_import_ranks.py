@@ -25,6 +25,7 @@ RANKS = {
     "layers": 1,
     "metrics": 1,
     "figures": 1,
+    "group_figures": 2,
     "corpora": 1,
     "model": 2,
     "callbacks": 2,

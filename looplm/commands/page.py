@@ -65,7 +65,7 @@ class Picture:
     caption: str
     """What it shows, in words; also its text for those who do not see it."""
     figure: Any
-    """What :mod:`looplm.figures` drew."""
+    """What :mod:`looplm.group_figures` drew."""
 
     @cached_property
     def png(self) -> bytes:
@@ -97,7 +97,7 @@ def make_pictures(groups: Sequence[Group]) -> list[Picture]:
     Args:
         groups: In the order in which they are shown.
     """
-    from looplm.figures import bands_by_depth, numbered_points
+    from looplm.group_figures import bands_by_depth, numbered_points
 
     pictures = [
         Picture(
