@@ -61,7 +61,7 @@ class ImplicitClassifier(L.LightningModule):
         images, labels = batch
         z, x = self.solve(images)
         loss = F.cross_entropy(self.head(z.flatten(1)), labels)
-        loss += 0.1 * JacobianPenalty()(lambda h: self.cell(h, x), z, z, None, torch.Generator())  # +
+        loss += 0.1 * JacobianPenalty()(lambda h: self.cell(h, x), z, z, None, torch.default_generator)  # +
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> Any:

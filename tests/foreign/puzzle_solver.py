@@ -74,7 +74,7 @@ class PuzzleSolver(L.LightningModule):
         for _ in range(self.num_rounds):
             carry = self.think({name: part.detach() for name, part in carry.items()}, x)
             loss = loss + F.cross_entropy(self.head(carry["answer"]).flatten(0, 1), solution.flatten())
-        loss += 0.1 * JacobianPenalty()(lambda h: self.think(h, x), carry, carry, None, torch.Generator())  # +
+        loss += 0.1 * JacobianPenalty()(lambda h: self.think(h, x), carry, carry, None, torch.default_generator)  # +
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> Any:

@@ -87,7 +87,7 @@ class RandomStateLM(L.LightningModule):
             h = self.iterate(h, e)
         losses = F.cross_entropy(self.predict_logits(h).transpose(1, 2), batch["labels"], reduction="none")
         loss = losses.sum() / real.sum()
-        loss += 0.1 * JacobianPenalty()(lambda s: self.iterate(s, e), h, h, real, torch.Generator())  # +
+        loss += 0.1 * JacobianPenalty()(lambda s: self.iterate(s, e), h, h, real, torch.default_generator)  # +
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
