@@ -15,6 +15,7 @@ _HOME = {
     "DepthAccuracyCurve": "looplm.callbacks.depth_accuracy",
     "DepthExactMatch": "looplm.metrics",
     "DepthSampler": "looplm.depth",
+    "DepthSettling": "looplm.metrics",
     "DepthTokenAccuracy": "looplm.metrics",
     "FixedDepth": "looplm.depth",
     "JacobianPenalty": "looplm.stability.penalty",
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
     )
     from looplm.generation import generate, predictions_at_depths
     from looplm.loop import LoopedModel, LoopState, unroll
-    from looplm.metrics import DepthExactMatch, DepthTokenAccuracy
+    from looplm.metrics import DepthExactMatch, DepthSettling, DepthTokenAccuracy
     from looplm.model import LoopedTransformer
     from looplm.module import LoopLM
     from looplm.objective import STARSObjective

@@ -22,6 +22,7 @@ __all__ = [
     "latent_paths",
     "line_style",
     "quantity_by_depth",
+    "settling_by_depth",
 ]
 
 # Okabe and Ito's palette, told apart by the colour-blind; line style and marker tell the curves apart in grey too.
@@ -98,6 +99,43 @@ def depth_curves(
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend(loc="best", framealpha=0.9)
+    return figure
+
+
+def settling_by_depth(
+    curves: Mapping[str, tuple[Sequence[int], Sequence[float], Sequence[float]]],
+    *,
+    title: str = "When answers become right, and whether they stay so",
+) -> Figure:
+    """Draw the distribution of the settling depth, and beside it the share of answers that have left again.
+
+    Args:
+        curves: For each name depths, the share of problems settled by then and the share escaped by then, in [0, 1]
+            (see :class:`~looplm.metrics.DepthSettling`).
+        title: Above the figure.
+
+    Returns:
+        The figure, 10 × 4.2 inches, two panels.
+    """
+    figure = blank((10, 4.2))
+    left, right = figure.subplots(1, 2)
+    for index, (name, (depths, settled, escaped)) in enumerate(curves.items()):
+        style = {**line_style(index, len(curves)), "drawstyle": "steps-post"}  # nothing is seen between two depths
+        left.plot(depths, [100 * value for value in settled], label=name, **style)
+        right.plot(depths, [100 * value for value in escaped], label=name, **style)
+    every = [depth for depths, *_ in curves.values() for depth in depths]
+    most = 100 * max((value for *_, escaped in curves.values() for value in escaped), default=0.0)
+    for axes, name, top in (
+        (left, "right by this depth or an earlier one (%)", 103.0),
+        (right, "escaped: right before, wrong at a later depth (%)", max(1.0, 1.1 * most)),
+    ):
+        depth_axis(axes, every)
+        axes.tick_params(axis="x", labelrotation=45 if max(every) > 64 else 0)
+        axes.set_ylim(-0.03 * top, top)
+        axes.set_ylabel(name)
+        axes.grid(alpha=0.3)
+    left.legend(loc="lower right", framealpha=0.9)
+    figure.suptitle(title)
     return figure
 
 

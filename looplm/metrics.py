@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-__all__ = ["DepthExactMatch", "DepthTokenAccuracy", "depth_summary"]
+__all__ = ["DepthExactMatch", "DepthSettling", "DepthTokenAccuracy", "depth_summary"]
 
 
 def _check_shapes(depth_preds: Tensor, labels: Tensor, num_depths: int) -> None:
@@ -65,7 +65,7 @@ class _DepthMetric(Metric):
 
         @wraps(compute)
         def curve(*args: Any) -> Tensor:
-            return wrapped(*args).reshape(self.num_depths)
+            return wrapped(*args).reshape(-1, self.num_depths).squeeze(0)
 
         return curve
 
@@ -88,8 +88,11 @@ class _DepthMetric(Metric):
         return right[order][first], count[order][first]
 
     def compute(self) -> Tensor:
-        """Return the share of right answers at each depth, float32 ``(K,)``; NaN where nothing was labelled."""
-        right, count = self._kept()
+        """Return the curve, float32 ``(…, K)``; see the class."""
+        return self._compute(*self._kept())
+
+    def _compute(self, right: Tensor, count: Tensor) -> Tensor:
+        """Return the share of what is right at each depth, float32 ``(K,)``; NaN where nothing was labelled."""
         return right.sum(0).double().div(count.sum()).float()
 
     @property
@@ -145,23 +148,67 @@ class DepthTokenAccuracy(_DepthMetric):
         self._update(_token_accuracy_update(depth_preds, labels), indices)
 
 
+class DepthSettling(_DepthMetric):
+    """When whole answers become right, and whether they stay so: two distributions over samples, at each of K depths.
+
+    The *settling depth* of a sample is the first evaluated depth at which its answer is right; it has *escaped* at the
+    first later one at which it is wrong. Exact match hides both: one answer lost and another found leave it as it is.
+    What happens between two evaluated depths is not seen.
+
+    As input to ``update``: as in :class:`DepthExactMatch`.
+
+    As output of ``compute``: float32 ``(2, K)``. Row 0: share of the samples with settling depth <= depth (the
+    distribution function of the settling depth; its last value falls short of 1 by the samples that are never right).
+    Row 1: share of the samples that have escaped by then. NaN where nothing was labelled. For every depth
+    ``settled − escaped <= exact match <= settled``.
+
+    Args:
+        num_depths: K.
+
+    Example:
+        >>> metric = DepthSettling(num_depths=3)
+        >>> labels = torch.tensor([[1], [2]])
+        >>> metric.update(torch.tensor([[[1], [0]], [[0], [2]], [[1], [2]]]), labels)  # right: yes no yes, no yes yes
+        >>> metric.compute().tolist()
+        [[0.5, 1.0, 1.0], [0.0, 0.5, 0.5]]
+    """
+
+    def update(self, depth_preds: Tensor, labels: Tensor, indices: Tensor | None = None) -> None:
+        """Count a batch; for the arguments see :class:`DepthExactMatch`."""
+        _check_shapes(depth_preds, labels, self.num_depths)
+        self._update(_exact_match_update(depth_preds, labels), indices)
+
+    def _compute(self, right: Tensor, count: Tensor) -> Tensor:
+        settled = right[count > 0].cummax(1).values
+        escaped = (settled - right[count > 0]).cummax(1).values
+        return torch.stack([settled, escaped]).double().mean(1).float()
+
+
 def depth_summary(
-    depths: Sequence[int], accuracy: Sequence[float], mean_depth: float | None = None
+    depths: Sequence[int],
+    accuracy: Sequence[float],
+    mean_depth: float | None = None,
+    settling: Sequence[Sequence[float]] | None = None,
 ) -> dict[str, float]:
-    """Summarise a curve: its peak, and how much of it is left at multiples of the mean trained depth.
+    """Summarise a curve: its peak, how much of it is left at multiples of the mean trained depth, and settling.
 
     Args:
         depths: K increasing depths.
         accuracy: The accuracy at each.
         mean_depth: Mean trained depth (loops); None: no multiples.
+        settling: What :class:`DepthSettling` computes, ``(2, K)``; None: nothing of it.
 
     Returns:
         ``peak``, ``peak_depth`` (the smallest that reaches it), and for m in 2, 4, 8, 16, if the curve goes that far,
-        ``at_{m:02d}x``: accuracy as a fraction of the peak at the first evaluated depth ≥ m × mean depth.
+        ``at_{m:02d}x``: accuracy as a fraction of the peak at the first evaluated depth ≥ m × mean depth. With
+        ``settling`` also ``settling_depth_median`` and ``settling_depth_p99`` (of the samples that settle: the first
+        evaluated depths by which 50 and 99 % of them have) and ``escapes`` (share of all samples).
 
     Example:
         >>> depth_summary([0, 4, 8], [0.0, 1.0, 0.5], mean_depth=4.0)
         {'peak': 1.0, 'peak_depth': 4.0, 'at_02x': 0.5}
+        >>> depth_summary([4, 8], [0.5, 0.9], settling=[[0.5, 1.0], [0.0, 0.1]])["escapes"]
+        0.1
     """
     peak = max(accuracy)
     summary = {"peak": float(peak), "peak_depth": float(depths[list(accuracy).index(peak)])}
@@ -169,4 +216,11 @@ def depth_summary(
         beyond = [value for depth, value in zip(depths, accuracy, strict=True) if depth >= multiple * (mean_depth or 0)]
         if beyond and peak > 0:
             summary[f"at_{multiple:02d}x"] = float(beyond[0] / peak)
+    if settling is not None:
+        settled, escaped = settling
+        if settled[-1] > 0:
+            for name, share in (("median", 0.5), ("p99", 0.99)):
+                reached = (depth for depth, value in zip(depths, settled, strict=True) if value >= share * settled[-1])
+                summary[f"settling_depth_{name}"] = float(next(reached))
+        summary["escapes"] = float(escaped[-1])
     return summary

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from looplm import DepthExactMatch, DepthTokenAccuracy
+from looplm import DepthExactMatch, DepthSettling, DepthTokenAccuracy
 from looplm.metrics import depth_summary
 
 Sample = tuple[int, list[int], list[list[int]]]  # index, labels, predictions at each depth
@@ -89,6 +89,61 @@ def test_without_indices_every_sample_counts(drawn: tuple[int, list[list[Sample]
     assert metric.compute().tolist() == pytest.approx(exact, nan_ok=True)
 
 
+def _right_by_sample(samples: list[Sample], num_depths: int) -> list[list[bool]]:
+    """Return whether each labelled sample, its first occurrence, is right at each depth."""
+    seen: dict[int, Sample] = {}
+    for sample in samples:
+        seen.setdefault(sample[0], sample)
+    return [
+        [all(p == label for p, label in zip(preds[k], labels, strict=True) if label != -100) for k in range(num_depths)]
+        for _, labels, preds in seen.values()
+        if any(label != -100 for label in labels)
+    ]
+
+
+@settings(deadline=None, max_examples=60)
+@given(batches())
+def test_settling_is_that_of_the_definition(drawn: tuple[int, list[list[Sample]]]) -> None:
+    num_depths, split = drawn
+    metric, exact_match = DepthSettling(num_depths), DepthExactMatch(num_depths)
+    for batch in split:
+        metric.update(*_tensors(batch))
+        exact_match.update(*_tensors(batch))
+    rows = _right_by_sample([sample for batch in split for sample in batch], num_depths)
+    settled, escaped = [], []
+    for k in range(num_depths):
+        settled.append(sum(any(row[: k + 1]) for row in rows))
+        escaped.append(sum(any(row[i] and not row[j] for j in range(k + 1) for i in range(j)) for row in rows))
+    curves = metric.compute()
+    assert curves.shape == (2, num_depths)
+    if not rows:
+        assert bool(curves.isnan().all())
+        return
+    assert curves[0].tolist() == pytest.approx([value / len(rows) for value in settled])
+    assert curves[1].tolist() == pytest.approx([value / len(rows) for value in escaped])
+    # What is right now has been right; what has been right and has not escaped is right now.
+    now = exact_match.compute()
+    assert bool((curves[0] - curves[1] <= now + 1e-6).all())
+    assert bool((now <= curves[0] + 1e-6).all())
+
+
+def test_an_answer_that_comes_back_has_escaped_all_the_same() -> None:
+    metric = DepthSettling(4)
+    labels = torch.tensor([[1], [1]])
+    metric.update(torch.tensor([[[1], [0]], [[0], [0]], [[1], [1]], [[1], [1]]]), labels)
+    assert metric.compute().tolist() == [[0.5, 0.5, 1.0, 1.0], [0.0, 0.5, 0.5, 0.5]]
+
+
+def test_summary_says_when_answers_settle_and_how_many_escape() -> None:
+    summary = depth_summary([1, 2, 4, 8], [0.3, 0.6, 0.8, 0.7], settling=([0.3, 0.6, 0.8, 0.8], [0.0, 0.0, 0.0, 0.1]))
+    # Of the 0.8 that ever settle, half have at depth 2 and 99 % at depth 4.
+    assert summary["settling_depth_median"] == 2.0
+    assert summary["settling_depth_p99"] == 4.0
+    assert summary["escapes"] == 0.1
+    never = depth_summary([1, 8], [0.0, 0.0], settling=([0.0, 0.0], [0.0, 0.0]))
+    assert never == {"peak": 0.0, "peak_depth": 1.0, "escapes": 0.0}
+
+
 def test_ignored_positions_change_nothing() -> None:
     labels = torch.tensor([[-100, 3, 4]])
     values = []
@@ -118,7 +173,7 @@ def test_reset_forgets() -> None:
     assert metric.compute().tolist() == [0.0]
 
 
-@pytest.mark.parametrize("metric", [DepthExactMatch, DepthTokenAccuracy])
+@pytest.mark.parametrize("metric", [DepthExactMatch, DepthSettling, DepthTokenAccuracy])
 @pytest.mark.parametrize("shape", [(3, 2, 5), (2, 2, 4), (2, 5), (2, 3, 5)])
 def test_predictions_of_another_shape_are_refused_with_both_shapes(metric: type, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"\(2, 2, 5\)") as caught:
@@ -139,7 +194,7 @@ _SHARES = [[[0, 2], [4], [1]], [[3, 4]]]
 
 def _worker(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    metrics = [DepthExactMatch(2), DepthTokenAccuracy(2)]
+    metrics = [DepthExactMatch(2), DepthTokenAccuracy(2), DepthSettling(2)]
     for rows in _SHARES[rank]:
         for metric in metrics:
             metric.update(_PREDS[:, rows], _LABELS[rows], torch.tensor(rows))
@@ -155,7 +210,7 @@ def test_two_processes_with_uneven_shares_give_the_value_of_one(tmp_path: Path) 
     # A forked child of a process that has run OpenMP threads can hang in its own.
     mp.start_processes(_worker, args=(str(tmp_path),), nprocs=2, start_method="spawn")
     expected = []
-    for metric in (DepthExactMatch(2), DepthTokenAccuracy(2)):
+    for metric in (DepthExactMatch(2), DepthTokenAccuracy(2), DepthSettling(2)):
         metric.update(_PREDS, _LABELS, torch.arange(5))
         expected.append(metric.compute().tolist())
     for rank, own in enumerate((4, 2)):

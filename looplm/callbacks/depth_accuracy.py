@@ -6,7 +6,7 @@ Reads what ``validation_step`` and ``test_step`` return and never calls the mode
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,13 +14,14 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
 from looplm.callbacks.output import replace_file, show_figure, write_figure, write_table
-from looplm.figures import depth_curves
-from looplm.metrics import DepthExactMatch, DepthTokenAccuracy, depth_summary
+from looplm.figures import depth_curves, settling_by_depth
+from looplm.metrics import DepthExactMatch, DepthSettling, DepthTokenAccuracy, depth_summary
 
 __all__ = ["DepthAccuracyCurve"]
 
 ExtractFn: TypeAlias = Callable[[Any, Any], Mapping[str, Any]]
 _REQUIRED = ("depths", "depth_preds", "labels")
+_COLUMNS = ("split", "depth", "exact_match", "token_accuracy", "settled", "escaped")
 
 
 class _Split:
@@ -30,13 +31,14 @@ class _Split:
         self.name, self.depths, self.mean_depth = name, depths, mean_depth
         self.exact_match = DepthExactMatch(len(depths)).to(device)
         self.token_accuracy = DepthTokenAccuracy(len(depths)).to(device)
+        self.settling = DepthSettling(len(depths)).to(device)
 
     def key(self, stage: str, metric: str) -> str:
         return "/".join(part for part in (stage, self.name, metric) if part)
 
 
 class DepthAccuracyCurve(L.Callback):
-    """Exact match and token accuracy at every evaluated depth.
+    """Exact match and token accuracy at every evaluated depth, and how answers settle.
 
     ``validation_step`` and ``test_step`` return a dict (or ``extract_fn`` makes one of what they return):
 
@@ -48,8 +50,10 @@ class DepthAccuracyCurve(L.Callback):
       loops).
 
     It logs ``{stage}/exact_match/depth_00008`` and ``{stage}/token_accuracy/depth_00008`` for every depth, and a
-    summary (see :func:`~looplm.metrics.depth_summary`), to every logger; gives the figure to every logger that takes
-    one; and writes ``{stage}_curve.csv``, ``{stage}_summary.json`` and ``{stage}_curve.png`` into the log directory.
+    summary (see :func:`~looplm.metrics.depth_summary`), to every logger; gives the figures to every logger that takes
+    some; and writes ``{stage}_curve.csv``, ``{stage}_summary.json``, ``{stage}_curve.png`` and ``{stage}_settling.png``
+    into the log directory. The table's columns ``settled`` and ``escaped`` and the last picture are the distribution
+    of the settling depth (see :class:`~looplm.metrics.DepthSettling`).
 
     Args:
         extract_fn: ``extract_fn(outputs, batch)`` returns the dict above.
@@ -91,50 +95,55 @@ class DepthAccuracyCurve(L.Callback):
         preds, labels, indices = found["depth_preds"], found["labels"], found.get("index")
         split.exact_match.update(preds, labels, indices)
         split.token_accuracy.update(preds, labels, indices)
+        split.settling.update(preds, labels, indices)
 
     def _finish(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         log_dir = trainer.log_dir  # a broadcast: on all ranks
         rows: list[dict[str, Any]] = []
         summaries: dict[str, dict[str, Any]] = {}
-        curves: dict[str, tuple[Sequence[int], Sequence[float]]] = {}
-        means: dict[str, float] = {}
         for split in self._splits.values():
-            values = {
-                name: [float(value) for value in metric.compute()]
-                for name, metric in (("exact_match", split.exact_match), ("token_accuracy", split.token_accuracy))
-            }
+            exact_match, token_accuracy = split.exact_match.compute().tolist(), split.token_accuracy.compute().tolist()
+            settled, escaped = split.settling.compute().tolist()
             with split.exact_match.sync_context(should_sync=trainer.world_size > 1):
                 num_samples = split.exact_match.num_samples
-            summary = depth_summary(split.depths, values["exact_match"], split.mean_depth)
+            summary = depth_summary(split.depths, exact_match, split.mean_depth, (settled, escaped))
             logged = {
                 f"{split.key(stage, name)}/depth_{depth:05d}": value
-                for name, column in values.items()
+                for name, column in (("exact_match", exact_match), ("token_accuracy", token_accuracy))
                 for depth, value in zip(split.depths, column, strict=True)
             }
             logged |= {f"{split.key(stage, 'exact_match')}/{name}": value for name, value in summary.items()}
             pl_module.log_dict(logged, rank_zero_only=False, sync_dist=trainer.world_size > 1)
             title = split.name or stage
-            curves[title] = (split.depths, values["exact_match"])
             summaries[title] = {**summary, "num_samples": num_samples}
             if split.mean_depth is not None:
-                means[title] = summaries[title]["mean_depth"] = split.mean_depth
-            for row in zip(split.depths, values["exact_match"], values["token_accuracy"], strict=True):
-                rows.append({"split": title, **dict(zip(("depth", "exact_match", "token_accuracy"), row, strict=True))})
+                summaries[title]["mean_depth"] = split.mean_depth
+            columns = (split.depths, exact_match, token_accuracy, settled, escaped)
+            rows += [dict(zip(_COLUMNS, (title, *row), strict=True)) for row in zip(*columns, strict=True)]
         if rows:
-            self._write(trainer, stage, log_dir, rows, summaries, (curves, means))
+            self._write(trainer, stage, Path(log_dir or trainer.default_root_dir), rows, summaries)
         self._splits = {}
 
     @rank_zero_only
-    def _write(
-        self, trainer: L.Trainer, stage: str, log_dir: str | None, rows: Any, summaries: Any, drawn: Any
-    ) -> None:
-        curves, means = drawn
-        figure = depth_curves(curves, mean_depths=means)
-        show_figure(trainer, f"{stage}/exact_match_by_depth", figure)
-        folder = Path(log_dir or trainer.default_root_dir)
+    def _write(self, trainer: L.Trainer, stage: str, folder: Path, rows: Any, summaries: Any) -> None:
+        def columns(*names: str) -> dict[str, tuple[list[Any], ...]]:
+            return {
+                title: tuple([row[name] for row in rows if row["split"] == title] for name in names)
+                for title in summaries
+            }
+
+        means = {title: summary["mean_depth"] for title, summary in summaries.items() if "mean_depth" in summary}
+        curve: Any = columns("depth", "exact_match")
+        settling: Any = columns("depth", "settled", "escaped")
+        figures = {
+            "curve": ("exact_match_by_depth", depth_curves(curve, mean_depths=means)),
+            "settling": ("settling_by_depth", settling_by_depth(settling)),
+        }
+        for file_name, (key, figure) in figures.items():
+            show_figure(trainer, f"{stage}/{key}", figure)
+            write_figure(folder / f"{stage}_{file_name}.png", figure)
         write_table(folder / f"{stage}_curve.csv", rows)
         replace_file(folder / f"{stage}_summary.json", json.dumps(summaries, indent=2).encode())
-        write_figure(folder / f"{stage}_curve.png", figure)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start anew."""

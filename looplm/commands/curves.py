@@ -42,6 +42,10 @@ class Curve:
     exact_match: list[float]
     token_accuracy: list[float]
     mean_depth: float | None
+    settled: list[float] | None = None
+    """Share of the problems whose answer has been right at each depth or before; None if it was not written."""
+    escaped: list[float] | None = None
+    """Share of the problems whose answer has been right and then wrong, at each depth or before."""
     dynamics: Mapping[str, list[float]] = field(default_factory=dict)
     """``depth`` and some of ``DYNAMICS``, one value a depth, NaN where there is none; empty if they were not logged."""
 
@@ -51,6 +55,11 @@ class Curve:
         return (
             None if not self.mean_depth else area_under_curve(self.depths, self.exact_match, last=8 * self.mean_depth)
         )
+
+    @property
+    def escapes(self) -> float | None:
+        """Share of the problems whose answer has been right at some depth and wrong at a later one."""
+        return self.escaped[-1] if self.escaped else None
 
     def at_multiple(self, multiple: float) -> float | None:
         """Return the exact match at a multiple of the mean trained depth; see :func:`accuracy_at`."""
@@ -86,6 +95,11 @@ class Group:
     def deepest(self, quantity: str) -> tuple[float, float, float] | None:
         """Mean, least and greatest :meth:`Curve.deepest`."""
         return self.spread([run.deepest(quantity) for run in self.runs])
+
+    @property
+    def escapes(self) -> tuple[float, float, float] | None:
+        """Mean, least and greatest :attr:`Curve.escapes`."""
+        return self.spread([run.escapes for run in self.runs])
 
     @property
     def peak(self) -> tuple[float, float, float] | None:
@@ -183,6 +197,8 @@ def read_curve(run_dir: Path) -> Curve:
         exact_match, token_accuracy = ([float(row[name]) for row in rows] for name in ("exact_match", "token_accuracy"))
         if not rows:
             raise ValueError("it has no rows")
+        # Tables written before these columns existed lack them.
+        settling = {name: [float(row[name]) for row in rows] for name in ("settled", "escaped") if name in rows[0]}
     except (ValueError, KeyError, TypeError, csv.Error, OSError) as error:
         raise InputError(f"{path} is no curve: {error}.") from None
     return Curve(
@@ -191,6 +207,8 @@ def read_curve(run_dir: Path) -> Curve:
         exact_match=exact_match,
         token_accuracy=token_accuracy,
         mean_depth=_read_mean_depth(path, rows[0]["split"]),
+        settled=settling.get("settled"),
+        escaped=settling.get("escaped"),
         dynamics=read_dynamics(path.with_name(path.name.replace("_curve.csv", "_dynamics.csv"))),
     )
 

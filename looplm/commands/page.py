@@ -42,6 +42,7 @@ COLUMNS = (
     Column(key="exact_match_16x", title="exact match at 16× (%)", value=lambda group: group.at_multiple(16), scale=100),
     Column(key="exact_match_8x", title="at 8× (%)", value=lambda group: group.at_multiple(8), scale=100),
     Column(key="peak", title="peak (%)", value=lambda group: group.peak, scale=100),
+    Column(key="escapes", title="escapes (%)", value=lambda group: group.escapes, scale=100, form=".2g"),
     Column(
         key="spectral_radius",
         title="spectral radius ρ, deepest",
@@ -116,6 +117,17 @@ def make_pictures(groups: Sequence[Group]) -> list[Picture]:
             ),
         )
     ]
+    escaped = {
+        group.name: [(run.depths, [100 * v for v in run.escaped]) for run in group.runs if run.escaped]
+        for group in groups
+    }
+    if any(escaped.values()):
+        title = "Escapes by depth"
+        figure = bands_by_depth(
+            {name: runs for name, runs in escaped.items() if runs}, title=title, ylabel="right before, wrong since (%)"
+        )
+        caption = f"{title}: problems whose answer has been right at some depth and wrong at a later one."
+        pictures.append(Picture(name="escapes", heading=title, caption=caption, figure=figure))
     for quantity, (label, log_scale, threshold, sentence) in _QUANTITIES.items():
         known = {
             group.name: [
@@ -240,7 +252,8 @@ figure {{ margin: 0; }} img {{ max-width: 100%; height: auto; }} figcaption, foo
 <p>Sorted by depth-robustness: the area under the exact match from the first evaluated depth to 8 × the mean trained
 depth, by the trapezoid rule over depth, as a share of the largest possible area. 16× is 16 times the mean trained
 depth, linear between evaluated depths. Each number is the mean over a group's runs (seeds), beside it the least and the
-greatest. “Deepest” is the deepest state whose dynamics were measured. A click on a heading sorts by it.</p>
+greatest. Escapes are problems whose answer was right at one depth and wrong at a later one. “Deepest” is the deepest
+state whose dynamics were measured. A click on a heading sorts by it.</p>
 {table}
 {sections}
 <footer><p>looplm {version}</p></footer>

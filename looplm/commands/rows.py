@@ -29,6 +29,8 @@ COLUMNS = (
     "depths",
     "exact_match",
     "token_accuracy",
+    "settled",
+    "escaped",
     "dynamics_depths",
     *DYNAMICS,
 )
@@ -60,6 +62,7 @@ def _parse(row: Mapping[str, str]) -> Curve:
 
     depths = [int(value) for value in row["depths"].split()]
     at_depth = {name: numbers(name) for name in ("exact_match", "token_accuracy")}
+    at_depth |= {name: numbers(name) for name in ("settled", "escaped") if row[name]}
     dynamics = {name: numbers(name) for name in DYNAMICS if row[name]}
     if dynamics:
         dynamics = {"depth": numbers("dynamics_depths"), **dynamics}
@@ -133,6 +136,8 @@ def append_row(path: Path, curve: Curve, stamp: Mapping[str, str], seed: str) ->
         "depths": " ".join(map(str, curve.depths)),
         "exact_match": _join(curve.exact_match),
         "token_accuracy": _join(curve.token_accuracy),
+        "settled": _join(curve.settled or ()),
+        "escaped": _join(curve.escaped or ()),
         "dynamics_depths": _join([d for d in curve.dynamics.get("depth", ()) if math.isfinite(d)]),
         **dynamics,
     }

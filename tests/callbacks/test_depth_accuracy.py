@@ -29,6 +29,7 @@ PREDS = torch.stack(
     ]
 )
 EXACT, TOKEN = [0.0, 0.5, 1.0], [0.0, 4 / 7, 1.0]
+SETTLING = {"settling_depth_median": 2.0, "settling_depth_p99": 8.0, "escapes": 0.0}
 
 
 class _Numbers(Dataset[int]):
@@ -139,7 +140,9 @@ def test_figure_reaches_tensorboard(tmp_path: Path) -> None:
     trainer.test(Foreign(), _loader(), verbose=False)
     logger.finalize("success")
     events = _events(tmp_path / "board")
-    assert set(events.Tags()["images"]) == {"val/exact_match_by_depth", "test/exact_match_by_depth"}
+    assert set(events.Tags()["images"]) == {
+        f"{stage}/{figure}_by_depth" for stage in ("val", "test") for figure in ("exact_match", "settling")
+    }
     (image,) = events.Images("test/exact_match_by_depth")
     assert image.encoded_image_string.startswith(b"\x89PNG")
 
@@ -155,7 +158,7 @@ def test_files_stand_in_the_log_directory(tmp_path: Path, how: str) -> None:
     folder = tmp_path / "logs"
     assert _columns(folder / f"{stage}_curve.csv", stage) == (DEPTHS, EXACT, pytest.approx(TOKEN))
     assert json.loads((folder / f"{stage}_summary.json").read_text()) == {
-        stage: {"peak": 1.0, "peak_depth": 8.0, "num_samples": 4}
+        stage: {"peak": 1.0, "peak_depth": 8.0, "num_samples": 4, **SETTLING}
     }
     assert (folder / f"{stage}_curve.png").read_bytes().startswith(b"\x89PNG")
     # No half-written file is left beside them.
@@ -164,7 +167,24 @@ def test_files_stand_in_the_log_directory(tmp_path: Path, how: str) -> None:
 
 def test_files_are_written_without_any_logger(tmp_path: Path) -> None:
     _trainer(tmp_path, DepthAccuracyCurve()).test(Foreign(), _loader(), verbose=False)
-    assert {path.name for path in tmp_path.iterdir()} == {"test_curve.csv", "test_curve.png", "test_summary.json"}
+    names = {"test_curve.csv", "test_curve.png", "test_settling.png", "test_summary.json"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_answers_that_are_lost_again_show_in_table_summary_and_logger(tmp_path: Path) -> None:
+    class Loses(Foreign):
+        def test_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> Any:
+            found = self.outputs(batch, dataloader_idx)
+            return found | {"depth_preds": found["depth_preds"][[0, 2, 1]]}  # all right at 2, samples 0 and 3 at 8
+
+    trainer = _trainer(tmp_path, DepthAccuracyCurve())
+    trainer.test(Loses(), _loader(), verbose=False)
+    with (tmp_path / "test_curve.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["settled"]) for row in rows] == [0.0, 1.0, 1.0]
+    assert [float(row["escaped"]) for row in rows] == [0.0, 0.0, 0.5]
+    assert json.loads((tmp_path / "test_summary.json").read_text())["test"]["escapes"] == 0.5
+    assert float(trainer.callback_metrics["test/exact_match/escapes"]) == 0.5
 
 
 @pytest.mark.parametrize("how", ["validate", "test"])
@@ -292,6 +312,7 @@ def test_mean_trained_depth_enters_the_summary(
         "at_04x": 1.0,
         "num_samples": 4,
         "mean_depth": 2.0,
+        **SETTLING,
     }
     assert float(trainer.callback_metrics["test/exact_match/at_04x"]) == 1.0
 
