@@ -22,6 +22,7 @@ __all__ = [
     "DepthStage",
     "FixedDepth",
     "LogNormalDepth",
+    "LogUniformDepth",
     "PoissonDepth",
     "ScheduledDepth",
     "UniformDepth",
@@ -157,6 +158,26 @@ class LogNormalDepth(DepthSampler):
         edges = np.arange(self.min_depth, self.max_depth) + 0.5
         inner = [0.5 * math.erfc((self.mu - math.log(edge)) / (self.sigma * math.sqrt(2))) for edge in edges]
         return np.concatenate([np.zeros(self.min_depth), np.diff(np.array([0.0, *inner, 1.0]))])
+
+
+class LogUniformDepth(DepthSampler):
+    """``floor(exp(U(ln a, ln(b + 1))))`` on ``a = min_depth … b = max_depth``: every doubling of depth equally often.
+
+    The heaviest tail of these samplers: ``P(t) = ln((t + 1) / t) / ln((b + 1) / a)``, nearly ``1 / t``.
+
+    Example:
+        >>> round(LogUniformDepth(8, 512).mean, 1)
+        121.2
+    """
+
+    def __init__(self, min_depth: int = 1, max_depth: int = 128) -> None:
+        _check_range(min_depth, max_depth)
+        self.min_depth, self.max_depth = min_depth, max_depth
+
+    def pmf(self) -> np.ndarray:
+        """Return ``ln((t + 1) / t) / ln((max_depth + 1) / min_depth)`` on the range."""
+        logs = np.diff(np.log(np.arange(self.min_depth, self.max_depth + 2)))
+        return np.concatenate([np.zeros(self.min_depth), logs / logs.sum()])
 
 
 @dataclass(frozen=True, kw_only=True)

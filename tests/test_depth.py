@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from looplm.depth import DepthStage, FixedDepth, LogNormalDepth, PoissonDepth, ScheduledDepth, UniformDepth
+from looplm.depth import (
+    DepthStage,
+    FixedDepth,
+    LogNormalDepth,
+    LogUniformDepth,
+    PoissonDepth,
+    ScheduledDepth,
+    UniformDepth,
+)
 from looplm.randomness import StepKey
 
 NUM_DRAWS = 4000
@@ -21,6 +29,7 @@ def samplers(draw):
             [
                 FixedDepth(low),
                 UniformDepth(low, high),
+                LogUniformDepth(low, high),
                 PoissonDepth(draw(st.floats(0.1, 60)), low, high),
                 LogNormalDepth(draw(st.floats(-1, 4)), draw(st.floats(0.05, 2)), low, high),
             ]
@@ -51,6 +60,7 @@ def test_a_sampler_is_its_pmf(sampler, u):
     [
         FixedDepth(4),
         UniformDepth(2, 9),
+        LogUniformDepth(3, 40),
         PoissonDepth(4, 3, 6),
         LogNormalDepth(2.0, 0.7, 1, 100),
         LogNormalDepth(1.7, 0.4, 1, 16),
@@ -76,6 +86,11 @@ def test_log_normal_equals_clipped_rounded_exponentials(mu, sigma, low, high):
     np.testing.assert_allclose(sampler.pmf(), frequencies, atol=5 * math.sqrt(0.25 / len(brute)))
 
 
+def test_log_uniform_draws_every_doubling_equally_often():
+    pmf = LogUniformDepth(4, 63).pmf()
+    np.testing.assert_allclose([pmf[4:8].sum(), pmf[8:16].sum(), pmf[16:32].sum(), pmf[32:64].sum()], 0.25)
+
+
 def test_poisson_puts_clipped_mass_on_its_ends():
     def poisson(n):
         return math.exp(-4) * 4**n / math.factorial(n)
@@ -92,7 +107,7 @@ def test_poisson_of_a_high_rate_neither_overflows_nor_loses_mass():
 
 
 def test_a_range_of_one_depth_is_fixed():
-    for sampler in (UniformDepth(3, 3), PoissonDepth(9.0, 3, 3), LogNormalDepth(2.0, 0.7, 3, 3)):
+    for sampler in (UniformDepth(3, 3), LogUniformDepth(3, 3), PoissonDepth(9.0, 3, 3), LogNormalDepth(2.0, 0.7, 3, 3)):
         np.testing.assert_array_equal(sampler.pmf(), FixedDepth(3).pmf())
 
 
