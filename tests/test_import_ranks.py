@@ -19,6 +19,7 @@ RANKS = {
     "randomness": -1,
     "loop": 0,
     "config": 0,
+    "cache": 0,
     "depth": 0,
     "stability": 0,
     "dynamics": 1,
