@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "ArithmeticDataModule": "looplm.corpora.arithmetic",
+    "CachedLoopedModel": "looplm.loop",
     "DepthAccuracyCurve": "looplm.callbacks.depth_accuracy",
     "DepthExactMatch": "looplm.metrics",
     "DepthSampler": "looplm.depth",
@@ -21,6 +22,7 @@ _HOME = {
     "LastStepPenalty": "looplm.stability.penalty",
     "LatentDynamicsMonitor": "looplm.callbacks.latent_dynamics",
     "LogNormalDepth": "looplm.depth",
+    "LoopKVCache": "looplm.cache",
     "LoopLM": "looplm.module",
     "LoopState": "looplm.loop",
     "LoopedConfig": "looplm.config",
@@ -32,17 +34,21 @@ _HOME = {
     "StarsReleasePenalty": "looplm.stability.penalty",
     "StabilityWarning": "looplm.callbacks.stability_warning",
     "UniformDepth": "looplm.depth",
+    "from_pretrained": "looplm.checkpoints",
     "generate": "looplm.generation",
     "predictions_at_depths": "looplm.generation",
+    "save_pretrained": "looplm.checkpoints",
     "unroll": "looplm.loop",
 }
 
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
+    from looplm.cache import LoopKVCache
     from looplm.callbacks.depth_accuracy import DepthAccuracyCurve
     from looplm.callbacks.latent_dynamics import LatentDynamicsMonitor
     from looplm.callbacks.stability_warning import StabilityWarning
+    from looplm.checkpoints import from_pretrained, save_pretrained
     from looplm.config import LoopedConfig
     from looplm.corpora.arithmetic import ArithmeticDataModule
     from looplm.depth import (
@@ -54,7 +60,7 @@ if TYPE_CHECKING:
         UniformDepth,
     )
     from looplm.generation import generate, predictions_at_depths
-    from looplm.loop import LoopedModel, LoopState, unroll
+    from looplm.loop import CachedLoopedModel, LoopedModel, LoopState, unroll
     from looplm.metrics import DepthExactMatch, DepthTokenAccuracy
     from looplm.model import LoopedTransformer
     from looplm.module import LoopLM

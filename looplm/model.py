@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,9 +16,19 @@ from looplm.layers import Block, DiagonalInjection, Norm, rotary_angles
 from looplm.loop import Hidden, LoopState, unroll_at
 from looplm.randomness import fold
 
-__all__ = ["LoopedTransformer"]
+__all__ = ["LoopedTransformer", "Origin"]
 
 _NOISE_BLOCK = 16  # positions whose initial states are drawn together in evaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a model's weights came from, for what is to be given back with them."""
+
+    config: Mapping[str, Any]
+    """The fields of its ``config.json``."""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """Tokenizer files and the like, by name."""
 
 
 class LoopedTransformer(nn.Module):
@@ -39,6 +50,7 @@ class LoopedTransformer(nn.Module):
     def __init__(self, config: LoopedConfig) -> None:
         super().__init__()
         self.config = config
+        self.origin: Origin | None = None
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         has_table = config.positions == "learned"
         self.position_embedding = nn.Embedding(config.max_positions, config.width) if has_table else None

@@ -20,6 +20,8 @@ RANKS = {
     "loop": 0,
     "config": 0,
     "cache": 0,
+    "shards": 0,
+    "families": 1,
     "depth": 0,
     "stability": 0,
     "dynamics": 1,
