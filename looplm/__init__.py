@@ -13,12 +13,19 @@ __version__ = "0.1.0"
 _HOME = {
     "ArithmeticDataModule": "looplm.corpora.arithmetic",
     "CachedLoopedModel": "looplm.loop",
+    "ConfidenceExit": "looplm.exits",
     "DepthAccuracyCurve": "looplm.callbacks.depth_accuracy",
     "DepthExactMatch": "looplm.metrics",
     "DepthSampler": "looplm.depth",
     "DepthTokenAccuracy": "looplm.metrics",
+    "EntropyExit": "looplm.exits",
+    "ExitRule": "looplm.exits",
     "FixedDepth": "looplm.depth",
+    "GateExit": "looplm.exits",
+    "Generation": "looplm.generation",
+    "GenerationOptions": "looplm.generation",
     "JacobianPenalty": "looplm.stability.penalty",
+    "KLExit": "looplm.exits",
     "LastStepPenalty": "looplm.stability.penalty",
     "LatentDynamicsMonitor": "looplm.callbacks.latent_dynamics",
     "LogNormalDepth": "looplm.depth",
@@ -29,15 +36,22 @@ _HOME = {
     "LoopedModel": "looplm.loop",
     "LoopedTransformer": "looplm.model",
     "PoissonDepth": "looplm.depth",
+    "ResidualExit": "looplm.exits",
     "STARSObjective": "looplm.objective",
     "ScheduledDepth": "looplm.depth",
-    "StarsReleasePenalty": "looplm.stability.penalty",
     "StabilityWarning": "looplm.callbacks.stability_warning",
+    "StarsReleasePenalty": "looplm.stability.penalty",
+    "TokenStep": "looplm.generation",
     "UniformDepth": "looplm.depth",
+    "exit_distribution": "looplm.exits",
     "from_pretrained": "looplm.checkpoints",
     "generate": "looplm.generation",
+    "generate_at_depths": "looplm.generation",
+    "generate_with_loops": "looplm.generation",
+    "log_likelihoods_at_depths": "looplm.generation",
     "predictions_at_depths": "looplm.generation",
     "save_pretrained": "looplm.checkpoints",
+    "stream_tokens": "looplm.generation",
     "unroll": "looplm.loop",
 }
 
@@ -59,7 +73,26 @@ if TYPE_CHECKING:
         ScheduledDepth,
         UniformDepth,
     )
-    from looplm.generation import generate, predictions_at_depths
+    from looplm.exits import (
+        ConfidenceExit,
+        EntropyExit,
+        ExitRule,
+        GateExit,
+        KLExit,
+        ResidualExit,
+        exit_distribution,
+    )
+    from looplm.generation import (
+        Generation,
+        GenerationOptions,
+        TokenStep,
+        generate,
+        generate_at_depths,
+        generate_with_loops,
+        log_likelihoods_at_depths,
+        predictions_at_depths,
+        stream_tokens,
+    )
     from looplm.loop import CachedLoopedModel, LoopedModel, LoopState, unroll
     from looplm.metrics import DepthExactMatch, DepthTokenAccuracy
     from looplm.model import LoopedTransformer

@@ -126,6 +126,10 @@ class LoopLM(L.LightningModule):
         """See :meth:`~looplm.model.LoopedTransformer.decode`."""
         return self.model.decode(state, cache, num_logits)
 
+    def exit_logit(self, state: LoopState) -> Tensor:
+        """See :meth:`~looplm.model.LoopedTransformer.exit_logit`."""
+        return self.model.exit_logit(state)
+
     def make_cache(self, batch_size: int, max_tokens: int, num_loops: int, policy: str = "per_loop") -> LoopKVCache:
         """See :meth:`~looplm.model.LoopedTransformer.make_cache`."""
         return self.model.make_cache(batch_size, max_tokens, num_loops, policy)
