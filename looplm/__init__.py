@@ -12,39 +12,59 @@ __version__ = "0.1.0"
 
 _HOME = {
     "ArithmeticDataModule": "looplm.corpora.arithmetic",
+    "CachedLoopedModel": "looplm.loop",
+    "ConfidenceExit": "looplm.exits",
     "DepthAccuracyCurve": "looplm.callbacks.depth_accuracy",
     "DepthExactMatch": "looplm.metrics",
     "DepthSampler": "looplm.depth",
     "DepthSettling": "looplm.metrics",
     "DepthTokenAccuracy": "looplm.metrics",
+    "EntropyExit": "looplm.exits",
+    "ExitRule": "looplm.exits",
     "FixedDepth": "looplm.depth",
+    "GateExit": "looplm.exits",
+    "Generation": "looplm.generation",
+    "GenerationOptions": "looplm.generation",
     "JacobianPenalty": "looplm.stability.penalty",
+    "KLExit": "looplm.exits",
     "LastStepPenalty": "looplm.stability.penalty",
     "LatentDynamicsMonitor": "looplm.callbacks.latent_dynamics",
     "LogNormalDepth": "looplm.depth",
     "LogUniformDepth": "looplm.depth",
+    "LoopKVCache": "looplm.cache",
     "LoopLM": "looplm.module",
     "LoopState": "looplm.loop",
     "LoopedConfig": "looplm.config",
     "LoopedModel": "looplm.loop",
     "LoopedTransformer": "looplm.model",
     "PoissonDepth": "looplm.depth",
+    "ResidualExit": "looplm.exits",
     "STARSObjective": "looplm.objective",
     "ScheduledDepth": "looplm.depth",
-    "StarsReleasePenalty": "looplm.stability.penalty",
     "StabilityWarning": "looplm.callbacks.stability_warning",
+    "StarsReleasePenalty": "looplm.stability.penalty",
+    "TokenStep": "looplm.generation",
     "UniformDepth": "looplm.depth",
+    "exit_distribution": "looplm.exits",
+    "from_pretrained": "looplm.checkpoints",
     "generate": "looplm.generation",
+    "generate_at_depths": "looplm.generation",
+    "generate_with_loops": "looplm.generation",
+    "log_likelihoods_at_depths": "looplm.generation",
     "predictions_at_depths": "looplm.generation",
+    "save_pretrained": "looplm.checkpoints",
+    "stream_tokens": "looplm.generation",
     "unroll": "looplm.loop",
 }
 
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
+    from looplm.cache import LoopKVCache
     from looplm.callbacks.depth_accuracy import DepthAccuracyCurve
     from looplm.callbacks.latent_dynamics import LatentDynamicsMonitor
     from looplm.callbacks.stability_warning import StabilityWarning
+    from looplm.checkpoints import from_pretrained, save_pretrained
     from looplm.config import LoopedConfig
     from looplm.corpora.arithmetic import ArithmeticDataModule
     from looplm.depth import (
@@ -56,8 +76,27 @@ if TYPE_CHECKING:
         ScheduledDepth,
         UniformDepth,
     )
-    from looplm.generation import generate, predictions_at_depths
-    from looplm.loop import LoopedModel, LoopState, unroll
+    from looplm.exits import (
+        ConfidenceExit,
+        EntropyExit,
+        ExitRule,
+        GateExit,
+        KLExit,
+        ResidualExit,
+        exit_distribution,
+    )
+    from looplm.generation import (
+        Generation,
+        GenerationOptions,
+        TokenStep,
+        generate,
+        generate_at_depths,
+        generate_with_loops,
+        log_likelihoods_at_depths,
+        predictions_at_depths,
+        stream_tokens,
+    )
+    from looplm.loop import CachedLoopedModel, LoopedModel, LoopState, unroll
     from looplm.metrics import DepthExactMatch, DepthSettling, DepthTokenAccuracy
     from looplm.model import LoopedTransformer
     from looplm.module import LoopLM

@@ -21,6 +21,8 @@ _LIGHTNING = {
     "predict": "answer problems from a file or standard input",
 }
 _OWN = {
+    "import": "a Hugging Face directory (Ouro, Huginn, our own) becomes a checkpoint",
+    "export": "a checkpoint becomes a Hugging Face directory",
     "compare": "curves of several runs in one table and one picture",
     "sweep": "fit, test and compare several configs; finished runs are kept",
 }
@@ -63,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         command, rest = args[0], args[1:]
         if command in _OWN:
-            module = importlib.import_module(f"looplm.commands.{command}")
+            file = "import_" if command == "import" else command  # `import` is no name for a module
+            module = importlib.import_module(f"looplm.commands.{file}")
             return int(module.run(rest))
         if command in _LIGHTNING:
             importlib.import_module("looplm.commands.lightning").run(args)

@@ -1,15 +1,34 @@
-"""Greedy decoding at a given depth. Knows the contract of looped models, not the transformer."""
+"""Batched generation and scoring: greedy or drawn, streamed, with exits, at one depth or many.
+
+Knows the contract of looped models, not the transformer; how rows are run with or without a cache stands in
+:mod:`looplm.decoding`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from looplm.loop import LoopedModel, unroll_at
+from looplm.decoding import Rows
+from looplm.exits import ExitRule
+from looplm.loop import LoopedModel, check_depths, unroll_at
+from looplm.sampling import Sampling
 
-__all__ = ["generate", "predictions_at_depths"]
+__all__ = [
+    "Generation",
+    "GenerationOptions",
+    "TokenStep",
+    "generate",
+    "generate_at_depths",
+    "generate_with_loops",
+    "log_likelihoods_at_depths",
+    "predictions_at_depths",
+    "stream_tokens",
+]
 
 
 @torch.no_grad()
@@ -35,6 +54,104 @@ def predictions_at_depths(
 
 
 @torch.no_grad()
+def log_likelihoods_at_depths(
+    model: LoopedModel, inputs: Tensor, labels: Tensor, depths: Sequence[int], attention_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Score labels at K depths in one pass of ``max(depths)`` steps.
+
+    Args:
+        model: Any looped model, in eval mode.
+        inputs: What its ``embed`` takes, for example token ids ``(B, T)``.
+        labels: ``(B, T)`` aligned with the logits: ``labels[b, i]`` is what follows ``inputs[b, i]``; −100: ignored.
+        depths: K strictly increasing depths.
+        attention_mask: ``(B, T)``, non-zero at real positions, or None.
+
+    Returns:
+        The labels' log-probabilities in nats, float ``(K, B, T)``, 0 where ignored; and whether each is the likeliest
+        token, bool ``(K, B, T)``, true where ignored.
+
+    Raises:
+        ValueError: If ``depths`` is empty, negative or not strictly increasing.
+    """
+    scores, right = [], []
+    for _, reached in unroll_at(model, model.embed(inputs, attention_mask), depths):
+        logits = model.decode(reached)
+        losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100)
+        scores.append(-losses.view_as(labels))
+        right.append((logits.argmax(-1) == labels) | (labels == -100))
+    return torch.stack(scores), torch.stack(right)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """How a batch is continued.
+
+    Raises:
+        ValueError: If a value is outside its range or has no effect.
+    """
+
+    num_loops: int
+    """Depth of every token, or the greatest where there is an exit."""
+    max_new_tokens: int
+    """Longest continuation."""
+    end_id: int
+    """Id that ends a continuation; −1: none does."""
+    cache: str = "auto"
+    """``per_loop`` (exact), ``last``, ``ring(k)``, ``none``; ``auto``: ``per_loop`` where the model can, else none."""
+    exit_rule: ExitRule | None = None
+    """When a token may stop looping; the prompt goes along with its last token."""
+    temperature: float = 0.0
+    """0: greedy; see :class:`~looplm.sampling.Sampling`."""
+    top_k: int | None = None
+    """See :class:`~looplm.sampling.Sampling`."""
+    top_p: float | None = None
+    """See :class:`~looplm.sampling.Sampling`."""
+    seed: int = 0
+    """See :class:`~looplm.sampling.Sampling`."""
+    stop: Sequence[Sequence[int]] = ()
+    """Sequences of ids that end a continuation as ``end_id`` does; they stay in it."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.num_loops < 0:
+            raise ValueError(
+                f"`max_new_tokens` must be >= 1 and `num_loops` >= 0, got {self.max_new_tokens} and {self.num_loops}."
+            )
+        if any(len(sequence) == 0 for sequence in self.stop):
+            raise ValueError(f"`stop` must hold sequences of at least one id, got {list(self.stop)}.")
+        self.sampling()
+
+    def sampling(self) -> Sampling:
+        """Return how tokens are chosen."""
+        return Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenStep:
+    """One token of every row."""
+
+    tokens: Tensor
+    """int64 ``(B,)``; ``end_id`` in rows that had ended before."""
+    loops: Tensor
+    """Loops that each token took, int64 ``(B,)``; 0 in rows that had ended before."""
+    finished: Tensor
+    """Which rows have ended, bool ``(B,)``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """Continuations and what they cost."""
+
+    tokens: Tensor
+    """int64 ``(B, N)``; after its end a row holds ``end_id``."""
+    loops: Tensor
+    """Loops that each token took, int64 ``(B, N)``; 0 after a row's end."""
+
+    @property
+    def mean_loops(self) -> float:
+        """Mean over the tokens that were generated."""
+        return (self.loops.sum() / (self.loops > 0).sum().clamp_min(1)).item()
+
+
 def generate(
     model: LoopedModel,
     tokens: Tensor,
@@ -43,34 +160,158 @@ def generate(
     max_new_tokens: int,
     end_id: int,
     attention_mask: Tensor | None = None,
+    cache: str = "auto",
+    exit_rule: ExitRule | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stop: Sequence[Sequence[int]] = (),
 ) -> Tensor:
-    """Continue prompts greedily, re-running the model for every token.
+    """Continue a batch of prompts. For loops used see :func:`generate_with_loops`, for streaming :func:`stream_tokens`.
 
     Args:
         model: Any looped model over token ids, in eval mode.
         tokens: Prompts, int64 ``(B, T)``, padded on the left where ``attention_mask`` ``(B, T)`` is zero.
-        num_loops: Depth of every token.
+        num_loops: Depth of every token, or the greatest where there is an exit.
         max_new_tokens: Longest continuation.
-        end_id: Id that ends a continuation.
+        end_id: Id that ends a continuation; −1: none does.
         attention_mask: Non-zero at real positions; None: no padding.
+        cache: ``per_loop`` (exact), ``last``, ``ring(k)``, ``none``, or ``auto``: ``per_loop`` where the model can.
+        exit_rule: When a token may stop looping.
+        temperature: 0: greedy.
+        top_k: Draw from the k likeliest tokens only.
+        top_p: Draw from the fewest tokens whose probability reaches p.
+        seed: Seed of the draws.
+        stop: Sequences of ids that end a continuation as ``end_id`` does; they stay in it.
 
     Returns:
         The continuations, int64 ``(B, N)``, N ≤ ``max_new_tokens``; after its end a row holds ``end_id``.
 
     Raises:
-        ValueError: If ``max_new_tokens`` is below 1 or ``num_loops`` below 0.
+        ValueError: If a value is outside its range or has no effect, or the padding is not on the left.
     """
-    if max_new_tokens < 1 or num_loops < 0:
-        raise ValueError(f"`max_new_tokens` must be >= 1 and `num_loops` >= 0, got {max_new_tokens} and {num_loops}.")
-    length = tokens.shape[1]
-    finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-    for _ in range(max_new_tokens):
-        following = predictions_at_depths(model, tokens, [num_loops], attention_mask)[0, :, -1]
-        following = following.masked_fill(finished, end_id)
-        tokens = torch.cat([tokens, following[:, None]], dim=1)
-        if attention_mask is not None:
-            attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], dim=1)
-        finished |= following == end_id
-        if bool(finished.all()):
-            break
-    return tokens[:, length:]
+    options = GenerationOptions(
+        num_loops=num_loops,
+        max_new_tokens=max_new_tokens,
+        end_id=end_id,
+        cache=cache,
+        exit_rule=exit_rule,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=stop,
+    )
+    return generate_with_loops(model, tokens, options, attention_mask).tokens
+
+
+def generate_with_loops(
+    model: LoopedModel, tokens: Tensor, options: GenerationOptions, attention_mask: Tensor | None = None
+) -> Generation:
+    """Continue a batch of prompts and report the loops that every token took; see :func:`generate`."""
+    steps = list(stream_tokens(model, tokens, options, attention_mask))
+    return Generation(
+        tokens=torch.stack([step.tokens for step in steps], dim=1),
+        loops=torch.stack([step.loops for step in steps], dim=1),
+    )
+
+
+def stream_tokens(
+    model: LoopedModel, tokens: Tensor, options: GenerationOptions, attention_mask: Tensor | None = None
+) -> Iterator[TokenStep]:
+    """Return an iterator over the next token of every row, each as soon as it is known; see :func:`generate`."""
+    _check_padding(tokens, attention_mask)
+    rows = _rows(model, tokens, attention_mask, options)
+    limits = torch.full((len(tokens),), options.num_loops, device=tokens.device)
+    with torch.no_grad():
+        logits, loops = rows.first(limits)
+    return _continue(rows, logits, loops, limits, options)
+
+
+def generate_at_depths(
+    model: LoopedModel,
+    tokens: Tensor,
+    *,
+    depths: Sequence[int],
+    max_new_tokens: int,
+    end_id: int,
+    attention_mask: Tensor | None = None,
+    stop: Sequence[Sequence[int]] = (),
+) -> Tensor:
+    """Continue a batch of prompts greedily at K depths, which share one pass over the prompt.
+
+    With a cache the prompt is run once, to the greatest depth; what loop t leaves in it does not depend on how many
+    loops follow. Then all K · B rows are decoded as one batch, each to its own depth.
+
+    Args:
+        model: Any looped model over token ids, in eval mode.
+        tokens: Prompts, int64 ``(B, T)``, padded on the left.
+        depths: K strictly increasing depths.
+        max_new_tokens: Longest continuation.
+        end_id: Id that ends a continuation; −1: none does.
+        attention_mask: Non-zero at real positions; None: no padding.
+        stop: Sequences of ids that end a continuation.
+
+    Returns:
+        int64 ``(K, B, N)``; after its end a row holds ``end_id``.
+
+    Raises:
+        ValueError: If ``depths`` is empty, negative or not strictly increasing, or a value is out of its range.
+    """
+    depths = check_depths("depths", depths)
+    options = GenerationOptions(
+        num_loops=depths[-1], max_new_tokens=max_new_tokens, end_id=end_id, stop=stop, cache="auto"
+    )
+    _check_padding(tokens, attention_mask)
+    rows = _rows(model, tokens, attention_mask, options)
+    limits = torch.tensor(depths, device=tokens.device).repeat_interleave(len(tokens))
+    with torch.no_grad():
+        logits = rows.first_at(depths)
+    steps = list(_continue(rows, logits, limits, limits, options))
+    return torch.stack([step.tokens for step in steps], dim=1).view(len(depths), len(tokens), -1)
+
+
+def _rows(model: LoopedModel, tokens: Tensor, attention_mask: Tensor | None, options: GenerationOptions) -> Rows:
+    return Rows(
+        model,
+        tokens,
+        attention_mask,
+        num_loops=options.num_loops,
+        max_new_tokens=options.max_new_tokens,
+        cache=options.cache,
+        exit_rule=options.exit_rule,
+    )
+
+
+def _check_padding(tokens: Tensor, attention_mask: Tensor | None) -> None:
+    if attention_mask is not None and attention_mask.shape == tokens.shape and not bool(attention_mask[:, -1].all()):
+        raise ValueError("prompts must be padded on the left: `attention_mask` is zero at the last token of a row.")
+
+
+@torch.no_grad()
+def _continue(
+    rows: Rows, logits: Tensor, loops: Tensor, limits: Tensor, options: GenerationOptions
+) -> Iterator[TokenStep]:
+    """Yield tokens, from the logits that choose the first ones on; rows that have ended are no longer computed."""
+    sample, num_rows, device = options.sampling(), len(logits), logits.device
+    live = torch.arange(num_rows, device=device)
+    written = torch.empty(num_rows, 0, dtype=torch.long, device=device)
+    for place in range(options.max_new_tokens):
+        chosen = sample(logits, live, place)
+        written = torch.cat([written, chosen[:, None]], dim=1)
+        ended = chosen == options.end_id
+        for sequence in options.stop:
+            if len(sequence) <= written.shape[1]:
+                ended |= (written[:, -len(sequence) :] == torch.tensor(sequence, device=device)).all(1)
+        tokens = torch.full((num_rows,), options.end_id, device=device).index_copy(0, live, chosen)
+        used = torch.zeros(num_rows, dtype=torch.long, device=device).index_copy(0, live, loops)
+        finished = torch.ones(num_rows, dtype=torch.bool, device=device).index_copy(0, live, ended)
+        yield TokenStep(tokens=tokens, loops=used, finished=finished)
+        if place + 1 == options.max_new_tokens or bool(ended.all()):
+            return
+        if bool(ended.any()):
+            kept = (~ended).nonzero().squeeze(1)
+            live, chosen, written, limits = live[kept], chosen[kept], written[kept], limits[kept]
+            rows.select(kept)
+        logits, loops = rows.following(chosen, limits)

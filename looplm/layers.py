@@ -1,7 +1,8 @@
 """The parts of a transformer block: norm, rotary positions, attention, MLP, and the block with its norm placements.
 
-Knows nothing of loops. Norms call torch's fused kernels; :func:`looplm.stability.jvp` replaces them by primitive
-operations while it differentiates, because PyTorch's derivative of the fused LayerNorm is wrong there.
+Knows nothing of loops; what is remembered of earlier tokens comes from :mod:`looplm.cache`. Norms call torch's fused
+kernels; :func:`looplm.stability.jvp` replaces them by primitive operations while it differentiates, because PyTorch's
+derivative of the fused LayerNorm is wrong there.
 """
 
 from __future__ import annotations
@@ -10,9 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from looplm.cache import KVSlot
 from looplm.config import LoopedConfig
 
-__all__ = ["Attention", "Block", "FeedForward", "Norm", "rotary_angles", "rotate_half_split"]
+__all__ = [
+    "Attention",
+    "Block",
+    "DiagonalInjection",
+    "FeedForward",
+    "Norm",
+    "rotary_angles",
+    "rotate_half_split",
+    "rotate_interleaved",
+]
 
 
 class Norm(nn.Module):
@@ -48,6 +59,13 @@ def rotate_half_split(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
+def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate feature 2j of ``x`` ``(B, H, T, d)`` with feature 2j + 1."""
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
+
+
 class Attention(nn.Module):
     """Causal self-attention with grouped-query heads."""
 
@@ -55,39 +73,50 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_width = config.num_heads, config.kv_heads, config.head_width
         self.dropout = config.dropout
-        kv_width = self.num_kv_heads * self.head_width
-        self.split_sizes = [config.width, kv_width, kv_width]
+        self.rotate = rotate_interleaved if config.rotary_pairs == "interleaved" else rotate_half_split
+        q_width, kv_width = self.num_heads * self.head_width, self.num_kv_heads * self.head_width
+        self.split_sizes = [q_width, kv_width, kv_width]
         self.qkv = nn.Linear(config.width, sum(self.split_sizes), bias=config.use_bias)
-        self.out = nn.Linear(config.width, config.width, bias=config.use_bias)
+        self.out = nn.Linear(q_width, config.width, bias=config.use_bias)
+        self.q_bias = nn.Parameter(torch.zeros(self.num_heads, self.head_width)) if config.qk_bias else None
+        self.k_bias = nn.Parameter(torch.zeros(self.num_kv_heads, self.head_width)) if config.qk_bias else None
 
-    def forward(self, x: Tensor, mask: Tensor | None, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None, rotary: tuple[Tensor, Tensor] | None, slot: KVSlot | None = None
+    ) -> Tensor:
         """Attend over earlier positions.
 
         Args:
             x: ``(B, T, D)``.
-            mask: ``(B, 1, T, T)``, True where a query may see a key; None: plain causal attention.
+            mask: ``(B or 1, 1, T, S)``, True where a query may see a key; None: plain causal attention, or, where a
+                slot holds earlier tokens, attention to all keys.
             rotary: cos and sin, each ``(B or 1, 1, T, d/2)``, or None.
+            slot: Keys and values of earlier tokens, to which those of ``x`` are added; None: S = T.
 
         Returns:
             ``(B, T, D)``.
         """
-        batch, length, width = x.shape
+        batch, length, _ = x.shape
         q, k, v = (
             part.view(batch, length, -1, self.head_width).transpose(1, 2)
             for part in self.qkv(x).split(self.split_sizes, dim=-1)
         )
+        if self.q_bias is not None and self.k_bias is not None:
+            q, k = q + self.q_bias[:, None], k + self.k_bias[:, None]
         if rotary is not None:
-            q, k = rotate_half_split(q, *rotary), rotate_half_split(k, *rotary)
+            q, k = self.rotate(q, *rotary), self.rotate(k, *rotary)
+        if slot is not None:
+            k, v = slot.append(k, v)
         mixed = F.scaled_dot_product_attention(
             q,
             k,
             v,
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None,
+            is_causal=mask is None and k.shape[2] == length,
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
-        return self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        return self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
 
 
 class FeedForward(nn.Module):
@@ -123,9 +152,15 @@ class Block(nn.Module):
         self.ffn_norm = Norm(config) if has_inner else nn.Identity()
         self.ffn_out_norm = Norm(config) if has_outer else nn.Identity()
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Map ``(B, T, D)`` to ``(B, T, D)``; for ``mask`` and ``rotary`` see :meth:`Attention.forward`."""
-        branch = self.dropout(self.attention(self.attention_norm(x), mask, rotary))
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        slot: KVSlot | None = None,
+    ) -> Tensor:
+        """Map ``(B, T, D)`` to ``(B, T, D)``; for the rest see :meth:`Attention.forward`."""
+        branch = self.dropout(self.attention(self.attention_norm(x), mask, rotary, slot))
         x = self._join(x, branch, self.attention_out_norm)
         branch = self.dropout(self.ffn(self.ffn_norm(x)))
         return self._join(x, branch, self.ffn_out_norm)
@@ -138,3 +173,25 @@ class Block(nn.Module):
         if self.placement == "post_norm":  # N(α·x + f(x))
             return out_norm(x + branch if self.alpha == 1.0 else self.alpha * x + branch)
         return out_norm(x + branch)  # sandwich_dual: N₂(x + f(N₁(x)))
+
+
+class DiagonalInjection(nn.Module):
+    """``Ā h + Δ B e`` with ``Ā = exp(−Δ·exp(a))`` and Δ = softplus(δ), a and δ one number a feature (Parcae).
+
+    A continuous system with a negative diagonal, discretised: every entry of Ā lies in (0, 1), so that what the loop
+    carries over by this path decays, whatever training makes of a and δ.
+    """
+
+    def __init__(self, config: LoopedConfig) -> None:
+        super().__init__()
+        self.log_rate = nn.Parameter(torch.zeros(config.width))
+        self.raw_step = nn.Parameter(torch.zeros(config.width))
+        self.input = nn.Linear(config.width, config.width, bias=False)
+
+    def decay(self) -> Tensor:
+        """Return the diagonal of Ā, ``(D,)``."""
+        return torch.exp(-F.softplus(self.raw_step) * self.log_rate.exp())
+
+    def forward(self, hidden: Tensor, injected: Tensor) -> Tensor:
+        """Map the state h and the input e, both ``(B, T, D)``, to ``(B, T, D)``."""
+        return self.decay() * hidden + F.softplus(self.raw_step) * self.input(injected)

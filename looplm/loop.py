@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["Hidden", "LoopState", "LoopedModel", "check_depths", "unroll", "unroll_at"]
+__all__ = ["CachedLoopedModel", "Hidden", "LoopState", "LoopedModel", "check_depths", "unroll", "unroll_at"]
 
 Hidden: TypeAlias = Tensor | dict[str, Tensor]
 """A latent state: one tensor ``(B, …)`` or a dict of them."""
@@ -79,6 +79,37 @@ class LoopedModel(Protocol):
 
     def decode(self, state: LoopState) -> Tensor:
         """Coda, final norm and head: return ``(B, …, V)``."""
+        ...
+
+
+@runtime_checkable
+class CachedLoopedModel(LoopedModel, Protocol):
+    """A looped model that can remember earlier tokens: ``embed``, ``step`` and ``decode`` take what it makes.
+
+    Without the cache each behaves as :class:`LoopedModel` says. What a cache is, is the model's own affair; generation
+    asks of it what :class:`~looplm.cache.LoopKVCache` offers.
+    """
+
+    def make_cache(self, batch_size: int, max_tokens: int, num_loops: int, policy: str = "per_loop") -> Any:
+        """Return an empty cache for that many rows, tokens (padding included) and loops."""
+        ...
+
+    def embed(
+        self,
+        inputs: Any,
+        attention_mask: Tensor | None = None,
+        initial_hidden: Hidden | None = None,
+        cache: Any = None,
+    ) -> LoopState:
+        """Like :meth:`LoopedModel.embed`, for the tokens after those in the cache."""
+        ...
+
+    def step(self, state: LoopState, cache: Any = None) -> LoopState:
+        """Like :meth:`LoopedModel.step`, with the keys and values of loop ``state.depth``."""
+        ...
+
+    def decode(self, state: LoopState, cache: Any = None, num_logits: int | None = None) -> Tensor:
+        """Like :meth:`LoopedModel.decode`, for the last ``num_logits`` positions alone where given."""
         ...
 
 

@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from looplm.cache import KVSlot, LoopKVCache
 from looplm.config import LoopedConfig
-from looplm.layers import Block, Norm, rotary_angles
+from looplm.layers import Block, DiagonalInjection, Norm, rotary_angles
 from looplm.loop import Hidden, LoopState, unroll_at
+from looplm.randomness import fold
 
-__all__ = ["LoopedTransformer"]
+__all__ = ["LoopedTransformer", "Origin"]
+
+_NOISE_BLOCK = 16  # positions whose initial states are drawn together in evaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a model's weights came from, for what is to be given back with them."""
+
+    config: Mapping[str, Any]
+    """The fields of its ``config.json``."""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """Tokenizer files and the like, by name."""
 
 
 class LoopedTransformer(nn.Module):
     """A causal transformer whose core blocks are applied ``num_loops`` times: prelude, core (looped), coda.
 
-    Fulfils :class:`~looplm.loop.LoopedModel`. Shapes: token ids ``(B, T)``, latent state ``(B, T, D)``,
+    Fulfils :class:`~looplm.loop.CachedLoopedModel`. Shapes: token ids ``(B, T)``, latent state ``(B, T, D)``,
     logits ``(B, T, V)``.
+
+    With ``state_init: normal`` h₀ is random. In training it is drawn from the global state, which a training step seeds
+    from its key, as for dropout. In evaluation it is a fixed function of the position alone, so that an answer depends
+    neither on the batch around it nor on whether a cache is used.
 
     Example:
         >>> model = LoopedTransformer(LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2, ffn_width=32))
@@ -30,6 +50,7 @@ class LoopedTransformer(nn.Module):
     def __init__(self, config: LoopedConfig) -> None:
         super().__init__()
         self.config = config
+        self.origin: Origin | None = None
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         has_table = config.positions == "learned"
         self.position_embedding = nn.Embedding(config.max_positions, config.width) if has_table else None
@@ -37,10 +58,15 @@ class LoopedTransformer(nn.Module):
         self.prelude = nn.ModuleList(Block(config) for _ in range(config.num_prelude_layers))
         self.core = nn.ModuleList(Block(config) for _ in range(config.num_core_layers))
         self.coda = nn.ModuleList(Block(config) for _ in range(config.num_coda_layers))
-        has_adapter = config.input_injection == "linear"
-        self.injection = nn.Linear(2 * config.width, config.width, bias=False) if has_adapter else None
+        self.injection: nn.Linear | DiagonalInjection | None = None
+        if config.input_injection == "linear":
+            self.injection = nn.Linear(2 * config.width, config.width, bias=False)
+        elif config.input_injection == "diagonal":
+            self.injection = DiagonalInjection(config)
         self.final_norm = Norm(config)
         self.head = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
+        # No objective here trains the gate; a parameter without gradient would stop data-parallel training.
+        self.exit_gate = nn.Linear(config.width, 1).requires_grad_(False) if config.exit_gate else None
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -50,14 +76,19 @@ class LoopedTransformer(nn.Module):
             nn.init.zeros_(module.bias)
 
     def embed(
-        self, inputs: Tensor, attention_mask: Tensor | None = None, initial_hidden: Hidden | None = None
+        self,
+        inputs: Tensor,
+        attention_mask: Tensor | None = None,
+        initial_hidden: Hidden | None = None,
+        cache: LoopKVCache | None = None,
     ) -> LoopState:
         """Embed token ids and run the prelude.
 
         Args:
             inputs: Token ids, ``(B, T)``.
             attention_mask: ``(B, T)``, non-zero at real positions; padding may stand left or right. None: no padding.
-            initial_hidden: h₀ in place of the prelude's output, ``(B, T, D)``.
+            initial_hidden: h₀ in place of the config's ``state_init``, ``(B, T, D)``.
+            cache: Holds the tokens before these, which ``inputs`` then continues.
 
         Returns:
             The state h₀ ``(B, T, D)`` and the context of every step.
@@ -66,51 +97,150 @@ class LoopedTransformer(nn.Module):
             ValueError: If the sequence is longer than ``max_positions`` or the mask has another shape.
         """
         batch, length = inputs.shape
-        if length > self.config.max_positions:
-            raise ValueError(f"a sequence may have {self.config.max_positions} tokens (`max_positions`), got {length}.")
+        start = 0 if cache is None else cache.length
+        if start + length > self.config.max_positions:
+            raise ValueError(
+                f"a sequence may have {self.config.max_positions} tokens (`max_positions`), got {start + length}."
+            )
         if attention_mask is not None and attention_mask.shape != inputs.shape:
             raise ValueError(f"`attention_mask` must be {tuple(inputs.shape)}, got {tuple(attention_mask.shape)}.")
         real = None if attention_mask is None else attention_mask.bool()
-        position_ids = torch.arange(length, device=inputs.device).expand(batch, -1)
-        mask = None
-        # Causal attention never looks right, so only padding on the left (or inside) needs a mask of its own.
-        if real is not None and bool((real[:, 1:] & ~real[:, :-1]).any()):
-            position_ids = (real.long().cumsum(1) - 1).clamp(min=0)
-            mask = real[:, None, None, :] & torch.ones(length, length, dtype=torch.bool, device=inputs.device).tril()
-            # A padded query would see nothing at all, and softmax over nothing is NaN: it sees itself.
-            mask = mask | torch.eye(length, dtype=torch.bool, device=inputs.device)
+        so_far = real if cache is None else cache.extend(batch, length, real)
+        mask, position_ids = _mask_and_positions(so_far, start, length, inputs.device)
         context: dict[str, Any] = {"attention_mask": real, "mask": mask, "rotary": None}
         hidden = self.token_embedding(inputs)
         if self.position_embedding is not None:
             hidden = hidden + self.position_embedding(position_ids)
         else:
-            rows = position_ids if mask is not None else position_ids[:1]
-            context["rotary"] = rotary_angles(rows, self.config.head_width, self.config.rope_theta)
-        hidden = self._blocks(self.prelude, self.dropout(hidden), context)
+            context["rotary"] = rotary_angles(position_ids, self.config.head_width, self.config.rope_theta)
+        if self.config.embedding_scale != 1.0:
+            hidden = hidden * self.config.embedding_scale
+        slots = [None] * len(self.prelude) if cache is None else [*map(cache.outer_slot, range(len(self.prelude)))]
+        hidden = self._blocks(self.prelude, self.dropout(hidden), context, slots)
         context["injected"] = None if self.config.input_injection == "none" else hidden
-        return LoopState(hidden if initial_hidden is None else initial_hidden, context)
+        return LoopState(self._initial(hidden, position_ids) if initial_hidden is None else initial_hidden, context)
 
-    def step(self, state: LoopState) -> LoopState:
-        """Apply Φ once: inject the input, then the core blocks; ``(B, T, D)`` to ``(B, T, D)``."""
+    def _initial(self, hidden: Tensor, position_ids: Tensor) -> Tensor:
+        """Return h₀ where the caller gives none."""
+        if self.config.state_init == "embedding":
+            return hidden
+        if self.config.state_init == "zeros":
+            return torch.zeros_like(hidden)
+        std = self.config.state_init_std
+        if self.training:
+            return nn.init.trunc_normal_(torch.empty_like(hidden), std=std, a=-3 * std, b=3 * std)
+        drawn, first = [], int(position_ids.min()) // _NOISE_BLOCK
+        for block in range(first, int(position_ids.max()) // _NOISE_BLOCK + 1):
+            noise = torch.empty(_NOISE_BLOCK, hidden.shape[-1])
+            generator = torch.Generator().manual_seed(fold(0, "initial_state", block))
+            drawn.append(nn.init.trunc_normal_(noise, std=std, a=-3 * std, b=3 * std, generator=generator))
+        table = torch.cat(drawn).to(hidden)
+        return table[position_ids - first * _NOISE_BLOCK].expand_as(hidden)
+
+    def step(self, state: LoopState, cache: LoopKVCache | None = None) -> LoopState:
+        """Apply Φ once: inject the input, the core blocks, ``loop_norm``; ``(B, T, D)`` to ``(B, T, D)``.
+
+        Args:
+            state: The state; pure in it where there is no cache.
+            cache: What ``embed`` was given; the slots of loop ``state.depth`` are read and written.
+        """
         hidden: Any = state.hidden
         injected = state.context["injected"]
-        if self.injection is not None:
+        if isinstance(self.injection, DiagonalInjection):
+            hidden = self.injection(hidden, injected)
+        elif self.injection is not None:
             hidden = self.injection(torch.cat([hidden, injected], dim=-1))
         elif injected is not None:
             hidden = hidden + injected
-        return state.advance(self._blocks(self.core, hidden, state.context))
+        layers = range(len(self.core))
+        slots = [None for _ in layers] if cache is None else [cache.core_slot(state.depth, layer) for layer in layers]
+        hidden = self._blocks(self.core, hidden, state.context, slots)
+        return state.advance(self.final_norm(hidden) if self.config.loop_norm else hidden)
 
-    def decode(self, state: LoopState) -> Tensor:
-        """Coda, final norm and head: return logits ``(B, T, V)``."""
-        hidden = self.final_norm(self._blocks(self.coda, state.hidden, state.context))
+    def decode(self, state: LoopState, cache: LoopKVCache | None = None, num_logits: int | None = None) -> Tensor:
+        """Coda, final norm and head: return logits ``(B, T, V)``.
+
+        Args:
+            state: The state.
+            cache: What ``embed`` was given; holds the coda's keys and values.
+            num_logits: Only the last that many positions; None: all T.
+        """
+        hidden = self.final_norm(state.hidden) if self.config.coda_norm else state.hidden
+        first = len(self.prelude)
+        indices = range(first, first + len(self.coda))
+        slots = [None for _ in indices] if cache is None else [cache.outer_slot(layer) for layer in indices]
+        hidden = self._blocks(self.coda, hidden, state.context, slots)
+        if num_logits is not None:
+            hidden = hidden[:, -num_logits:]
+        if not self.config.loop_norm or len(self.coda) > 0:
+            hidden = self.final_norm(hidden)
         return F.linear(hidden, self.token_embedding.weight if self.head is None else self.head.weight)
+
+    def exit_logit(self, state: LoopState) -> Tensor:
+        """Return the learned gate's ``w·h + b``, ``(B, T)``; its sigmoid is the probability to stop here.
+
+        Raises:
+            ValueError: If the model has no gate.
+        """
+        if self.exit_gate is None:
+            raise ValueError("the model has no learned gate (`exit_gate: true` in its config).")
+        return self.exit_gate(state.hidden).squeeze(-1)
+
+    def make_cache(self, batch_size: int, max_tokens: int, num_loops: int, policy: str = "per_loop") -> LoopKVCache:
+        """Return an empty cache for ``embed``, ``step`` and ``decode``.
+
+        Args:
+            batch_size: B.
+            max_tokens: Prompt and continuation, padding included.
+            num_loops: Most loops that will be run.
+            policy: See :class:`~looplm.cache.LoopKVCache`.
+        """
+        return LoopKVCache(
+            num_loops=num_loops,
+            num_core_layers=len(self.core),
+            num_outer_layers=len(self.prelude) + len(self.coda),
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            num_kv_heads=self.config.kv_heads,
+            head_width=self.config.head_width,
+            policy=policy,
+            dtype=self.token_embedding.weight.dtype,
+            device=self.token_embedding.weight.device,
+        )
 
     def forward(self, inputs: Tensor, num_loops: int, attention_mask: Tensor | None = None) -> Tensor:
         """Return the logits ``(B, T, V)`` after ``num_loops`` steps."""
         ((_, state),) = unroll_at(self, self.embed(inputs, attention_mask), [num_loops])
         return self.decode(state)
 
-    def _blocks(self, blocks: nn.ModuleList, hidden: Any, context: Any) -> Tensor:
-        for block in blocks:
-            hidden = block(hidden, context["mask"], context["rotary"])
+    def _blocks(self, blocks: nn.ModuleList, hidden: Any, context: Any, slots: Sequence[KVSlot | None]) -> Tensor:
+        for block, slot in zip(blocks, slots, strict=True):
+            hidden = block(hidden, context["mask"], context["rotary"], slot)
         return hidden
+
+
+def _mask_and_positions(
+    real: Tensor | None, start: int, length: int, device: torch.device
+) -> tuple[Tensor | None, Tensor]:
+    """Return what the last ``length`` of ``start + length`` tokens may attend to, and their positions.
+
+    Args:
+        real: ``(B, start + length)``, False at padding; None: none is.
+        start: Tokens before.
+        length: T.
+        device: Where the result is.
+
+    Returns:
+        The mask ``(B or 1, 1, T, start + T)``, or None where the causal one is enough; position ids ``(B or 1, T)``.
+    """
+    # Causal attention never looks right, so only padding on the left (or inside) needs a mask of its own.
+    if real is not None and bool((real[:, 1:] & ~real[:, :-1]).any()):
+        position_ids = (real.long().cumsum(1) - 1).clamp(min=0)[:, start:]
+        causal = torch.ones(length, start + length, dtype=torch.bool, device=device).tril(start)
+        # A padded query would see nothing at all, and softmax over nothing is NaN: it sees itself.
+        itself = causal & ~causal.tril(start - 1)
+        return (real[:, None, None, :] & causal) | itself, position_ids
+    position_ids = torch.arange(start, start + length, device=device)[None]
+    if start and length > 1:
+        return torch.ones(length, start + length, dtype=torch.bool, device=device).tril(start)[None, None], position_ids
+    return None, position_ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from looplm.cache import LoopKVCache
 from looplm.config import LoopedConfig
 from looplm.depth import LogNormalDepth
 from looplm.errors import InputError
@@ -107,18 +109,30 @@ class LoopLM(L.LightningModule):
         self.seed = seed
 
     def embed(
-        self, inputs: Tensor, attention_mask: Tensor | None = None, initial_hidden: Hidden | None = None
+        self,
+        inputs: Tensor,
+        attention_mask: Tensor | None = None,
+        initial_hidden: Hidden | None = None,
+        cache: LoopKVCache | None = None,
     ) -> LoopState:
         """See :meth:`~looplm.model.LoopedTransformer.embed`."""
-        return self.model.embed(inputs, attention_mask, initial_hidden)
+        return self.model.embed(inputs, attention_mask, initial_hidden, cache)
 
-    def step(self, state: LoopState) -> LoopState:
+    def step(self, state: LoopState, cache: LoopKVCache | None = None) -> LoopState:
         """See :meth:`~looplm.model.LoopedTransformer.step`."""
-        return self.model.step(state)
+        return self.model.step(state, cache)
 
-    def decode(self, state: LoopState) -> Tensor:
+    def decode(self, state: LoopState, cache: LoopKVCache | None = None, num_logits: int | None = None) -> Tensor:
         """See :meth:`~looplm.model.LoopedTransformer.decode`."""
-        return self.model.decode(state)
+        return self.model.decode(state, cache, num_logits)
+
+    def exit_logit(self, state: LoopState) -> Tensor:
+        """See :meth:`~looplm.model.LoopedTransformer.exit_logit`."""
+        return self.model.exit_logit(state)
+
+    def make_cache(self, batch_size: int, max_tokens: int, num_loops: int, policy: str = "per_loop") -> LoopKVCache:
+        """See :meth:`~looplm.model.LoopedTransformer.make_cache`."""
+        return self.model.make_cache(batch_size, max_tokens, num_loops, policy)
 
     def _step_key(self) -> StepKey:
         return StepKey(
@@ -201,6 +215,8 @@ class LoopLM(L.LightningModule):
             InputError: Names the fields, or the tensors, that differ.
         """
         saved = dict(checkpoint.get("hyper_parameters", {}).get("config", {}))
+        with contextlib.suppress(ValueError, TypeError):  # fields that are newer than the checkpoint have their default
+            saved = LoopedConfig.from_dict(saved).to_dict()
         here = self.model.config.to_dict()
         differing = [
             f"`{name}` {saved.get(name)!r} there, {here.get(name)!r} here"

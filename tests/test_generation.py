@@ -4,7 +4,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from looplm.config import LoopedConfig
-from looplm.generation import generate, predictions_at_depths
+from looplm.generation import (
+    GenerationOptions,
+    generate,
+    generate_at_depths,
+    generate_with_loops,
+    log_likelihoods_at_depths,
+    predictions_at_depths,
+    stream_tokens,
+)
 from looplm.model import LoopedTransformer
 
 VOCAB, END = 5, 0
@@ -103,3 +111,130 @@ def test_impossible_requests_are_refused(arguments):
 def test_continuations_longer_than_the_model_are_refused():
     with pytest.raises(ValueError, match="max_positions"):
         generate(build(), torch.ones(1, 10, dtype=torch.long), num_loops=1, max_new_tokens=4, end_id=-1)
+
+
+def padded(prompts):
+    longest = max(map(len, prompts))
+    tokens = torch.tensor([[1] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    return tokens, mask
+
+
+def test_padding_on_the_right_of_a_prompt_is_refused():
+    with pytest.raises(ValueError, match="padded on the left"):
+        generate(
+            build(),
+            torch.tensor([[1, 2]]),
+            num_loops=1,
+            max_new_tokens=1,
+            end_id=-1,
+            attention_mask=torch.tensor([[1, 0]]),
+        )
+
+
+def test_streamed_tokens_are_the_generated_ones_and_ended_rows_cost_nothing():
+    model = build(2)
+    tokens, mask = padded([[1, 2, 3], [4], [2, 2]])
+    options = GenerationOptions(num_loops=3, max_new_tokens=6, end_id=END)
+    steps = list(stream_tokens(model, tokens, options, mask))
+    result = generate_with_loops(model, tokens, options, mask)
+    assert torch.equal(torch.stack([step.tokens for step in steps], 1), result.tokens)
+    assert torch.equal(
+        result.tokens, generate(model, tokens, num_loops=3, max_new_tokens=6, end_id=END, attention_mask=mask)
+    )
+    ended = torch.zeros(3, dtype=torch.bool)
+    for step in steps:
+        assert torch.equal(step.loops, torch.where(ended, 0, 3))
+        assert (step.tokens[ended] == END).all()
+        ended |= step.tokens == END
+        assert torch.equal(step.finished, ended)
+
+
+def test_a_stream_computes_no_token_that_was_not_asked_for():
+    model = build()
+    steps = []
+    model.core[0].register_forward_hook(lambda *_: steps.append(1))
+    stream = stream_tokens(model, torch.tensor([[1, 2]]), GenerationOptions(num_loops=2, max_new_tokens=5, end_id=-1))
+    counts = []
+    for _ in range(3):
+        next(stream)
+        counts.append(len(steps))
+    assert counts == [2, 4, 6]
+
+
+def test_stop_sequences_end_a_row_and_stay_in_it():
+    model = build(5)
+    tokens, mask = padded([[1, 2, 3], [4], [2, 2], [3, 1]])
+    free = generate(model, tokens, num_loops=2, max_new_tokens=8, end_id=-1, attention_mask=mask).tolist()
+    stop = [free[0][2:4], [VOCAB + 1]]  # the second never comes
+    stopped = generate(model, tokens, num_loops=2, max_new_tokens=8, end_id=-1, attention_mask=mask, stop=stop).tolist()
+    for whole, row in zip(free, stopped, strict=True):
+        places = [n for n in range(2, len(whole) + 1) if whole[n - 2 : n] == stop[0]]
+        expected = whole[: places[0]] if places else whole
+        assert row == (expected + [-1] * len(row))[: len(row)]
+    # A stop sequence that stands in the prompt is none of the continuation's.
+    again = generate(model, tokens, num_loops=2, max_new_tokens=8, end_id=-1, attention_mask=mask, stop=[[1, 2, 3]])
+    assert again.shape == (4, 8) or 3 in again
+
+
+@pytest.mark.parametrize("cache", ["auto", "none"])
+def test_a_row_is_drawn_alike_in_any_batch(cache):
+    model = build(3)
+    tokens, mask = padded([[1, 2, 3], [4], [2, 2]])
+    draw = {"num_loops": 2, "max_new_tokens": 6, "end_id": END, "temperature": 5.0, "top_p": 0.99, "cache": cache}
+    together = generate(model, tokens, attention_mask=mask, **draw)
+    for count in (1, 2):
+        part = generate(model, tokens[:count], attention_mask=mask[:count], **draw)
+        assert torch.equal(together[:count, : part.shape[1]], part)
+    assert torch.equal(together, generate(model, tokens, attention_mask=mask, **draw))
+    assert not torch.equal(together, generate(model, tokens, attention_mask=mask, **draw, seed=1))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_depths_that_share_a_prompt_are_each_as_alone(cached):
+    model = build(4, "rotary")
+    tokens, mask = padded([[1, 2, 3], [4], [2, 2]])
+    calls = []
+    model.core[0].register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[1]))
+    depths = [0, 2, 5]
+    looped = model if cached else _WithoutCache(model)
+    together = generate_at_depths(
+        looped, tokens, depths=depths, max_new_tokens=5, end_id=END, attention_mask=mask, stop=[[3, 3]]
+    )
+    if cached:
+        assert calls.count(3) == 5  # the prompt ran to the greatest depth, once
+    for depth, rows in zip(depths, together, strict=True):
+        alone = generate(
+            model, tokens, num_loops=depth, max_new_tokens=5, end_id=END, attention_mask=mask, stop=[[3, 3]]
+        )
+        assert torch.equal(rows[:, : alone.shape[1]], alone)
+        assert (rows[:, alone.shape[1] :] == END).all()
+
+
+class _WithoutCache:
+    def __init__(self, model):
+        self.model = model
+
+    def embed(self, inputs, attention_mask=None, initial_hidden=None):
+        return self.model.embed(inputs, attention_mask, initial_hidden)
+
+    def step(self, state):
+        return self.model.step(state)
+
+    def decode(self, state):
+        return self.model.decode(state)
+
+
+def test_log_likelihoods_of_one_pass_are_those_of_every_depth():
+    model = build(1)
+    tokens, mask = padded([[1, 2, 3, 4], [4, 2], [2, 2, 1]])
+    labels = torch.tensor([[2, 3, 4, 0], [-100, -100, 2, 3], [-100, 2, 1, -100]])
+    scores, right = log_likelihoods_at_depths(model, tokens, labels, [0, 1, 4], mask)
+    for index, depth in enumerate([0, 1, 4]):
+        log_p = model(tokens, num_loops=depth, attention_mask=mask).log_softmax(-1)
+        for b in range(3):
+            for i in range(4):
+                label = labels[b, i].item()
+                expected = 0.0 if label == -100 else log_p[b, i, label].item()
+                assert scores[index, b, i].item() == pytest.approx(expected, abs=1e-5)
+                assert right[index, b, i].item() == (label in (-100, log_p[b, i].argmax().item()))

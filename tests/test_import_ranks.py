@@ -19,6 +19,11 @@ RANKS = {
     "randomness": -1,
     "loop": 0,
     "config": 0,
+    "cache": 0,
+    "shards": 0,
+    "families": 1,
+    "exits": 0,
+    "sampling": 0,
     "depth": 0,
     "stability": 0,
     "dynamics": 1,
@@ -29,6 +34,7 @@ RANKS = {
     "corpora": 1,
     "model": 2,
     "callbacks": 2,
+    "decoding": 2,
     "objective": 3,
     "generation": 3,
     "checkpoints": 3,
@@ -120,6 +126,7 @@ def test_only_figures_imports_matplotlib() -> None:
         # The science knows no trainer.
         ("objective", {"model", "layers", "module", "lightning"}),
         ("generation", {"model", "layers", "module", "lightning"}),
+        ("decoding", {"model", "layers", "cache", "module", "lightning"}),
         ("model", {"objective", "corpora", "lightning"}),
     ],
 )

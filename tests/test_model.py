@@ -15,7 +15,7 @@ COMBINATIONS = list(
         ["layer_norm", "rms_norm", "simple_norm"],
         ["learned", "rotary"],
         ["gelu", "swiglu"],
-        ["none", "add", "linear"],
+        ["none", "add", "linear", "diagonal"],
     )
 )
 every_combination = pytest.mark.parametrize(

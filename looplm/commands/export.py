@@ -1,0 +1,28 @@
+"""``export``: a checkpoint becomes a Hugging Face directory, under original names where it is an Ouro or a Huginn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from looplm.checkpoints import load_checkpoint, read_origin, save_pretrained
+from looplm.commands.arguments import Parser
+
+__all__ = ["run"]
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command; for its options see ``--help``."""
+    parser = Parser("export", description=__doc__)
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="a checkpoint of fit or import")
+    parser.add_argument("output", type=Path, metavar="OUT", help="a directory that does not exist yet, or is empty")
+    parser.add_argument(
+        "--like", type=Path, metavar="DIR", help="take config fields and tokenizer from this directory, the original's"
+    )
+    parser.add_argument("--num_loops", type=int, metavar="N", help="the usual number of loops that config.json names")
+    args = parser.parse_args(argv)
+    if args.num_loops is not None and args.num_loops < 1:
+        parser.error(f"`--num_loops` must be >= 1, got {args.num_loops}")
+    origin = None if args.like is None else read_origin(args.like)
+    save_pretrained(load_checkpoint(args.checkpoint), args.output, origin=origin, num_loops=args.num_loops)
+    return 0
