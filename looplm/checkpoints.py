@@ -25,7 +25,7 @@ from looplm.families import Family, ForeignTensor, Part, family_named, family_of
 from looplm.model import LoopedTransformer, Origin
 from looplm.shards import Shards, write_shards
 
-__all__ = ["from_pretrained", "load_checkpoint", "read_origin", "save_checkpoint", "save_pretrained"]
+__all__ = ["from_pretrained", "load_checkpoint", "local_folder", "read_origin", "save_checkpoint", "save_pretrained"]
 
 # What belongs to a model beside config and weights: all of a tokenizer, and a model's own code, which is not run here.
 _CARRIED = (
@@ -65,7 +65,7 @@ def from_pretrained(
     Example:
         >>> model = from_pretrained("ByteDance/Ouro-1.4B", dtype=torch.bfloat16)  # doctest: +SKIP
     """
-    folder = _local_folder(path_or_hub_id)
+    folder = local_folder(path_or_hub_id)
     fields = _read_fields(folder)
     family, config = _read_config(fields)
     tensors = _tensors(family, config)
@@ -254,7 +254,12 @@ def read_origin(folder: str | os.PathLike[str]) -> Origin:
     return Origin(config=_read_fields(path), files={name: (path / name).read_bytes() for name in names})
 
 
-def _local_folder(path_or_hub_id: str | os.PathLike[str]) -> Path:
+def local_folder(path_or_hub_id: str | os.PathLike[str]) -> Path:
+    """Return the directory itself, or where the hub's is kept on this machine.
+
+    Raises:
+        InputError: If it is neither a directory nor the name of one that the hub gives.
+    """
     path = Path(path_or_hub_id)
     if path.is_dir():
         return path

@@ -1,0 +1,30 @@
+"""``eval``: the command line of lm-evaluation-harness with the model ``looplm`` in it (needs ``looplm[eval]``).
+
+The harness looks for models in its own package only; this is ``lm_eval run`` after ours has been registered.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from looplm.errors import InputError
+
+__all__ = ["run"]
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the harness on arguments of ``lm_eval run``; for them see ``--help``.
+
+    Raises:
+        InputError: If the harness is not installed, or the model cannot be read.
+    """
+    try:
+        import looplm.harness  # noqa: F401 - registers the model
+    except ModuleNotFoundError as error:
+        raise InputError(str(error)) from None
+    from lm_eval.__main__ import cli_evaluate
+
+    sys.argv = ["lm_eval", "run", *argv]  # the harness reads the process's own arguments
+    cli_evaluate()
+    return 0

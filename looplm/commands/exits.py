@@ -1,0 +1,237 @@
+"""``exits``: accuracy by mean loops of every exit rule, and by memory of every cache policy, on an arithmetic run.
+
+Thresholds are chosen on problems of the training stream and judged on the test set.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from looplm.callbacks.output import write_figure
+from looplm.checkpoints import load_checkpoint
+from looplm.commands.arguments import Parser
+from looplm.corpora.arithmetic import ArithmeticDataModule
+from looplm.errors import InputError
+from looplm.exits import ConfidenceExit, EntropyExit, ExitRule, GateExit, KLExit, ResidualExit
+from looplm.generation import GenerationOptions, generate_with_loops
+from looplm.group_figures import numbered_points
+from looplm.model import LoopedTransformer
+
+__all__ = ["ExitRow", "Problems", "choose", "measure", "run"]
+
+_TOLERANCES = (0.5, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01, 0.005, 0.002)
+_RULES: dict[str, tuple[Callable[[float], ExitRule], tuple[float, ...]]] = {
+    "residual": (ResidualExit, _TOLERANCES),
+    "kl": (KLExit, (0.5, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4)),
+    "entropy": (EntropyExit, (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 3e-3)),
+    "confidence": (ConfidenceExit, (0.5, 0.7, 0.9, 0.95, 0.98, 0.99, 0.997, 0.999)),
+}
+_GATE = (0.3, 0.5, 0.7, 0.9, 0.95, 0.99)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitRow:
+    """One measurement; a row of ``exits.csv``."""
+
+    split: str
+    """``train`` (where thresholds are chosen) or ``test``."""
+    rule: str
+    """``fixed``, ``residual``, ``kl``, ``entropy``, ``confidence`` or ``gate``."""
+    threshold: float
+    """The rule's number; of ``fixed`` the depth."""
+    cache: str
+    """Policy of the cache."""
+    exact_match: float
+    """Share of whole answers that are right."""
+    mean_loops: float
+    """Mean loops of a generated token."""
+    cache_bytes: int
+    """Memory of keys and values for the whole batch."""
+
+
+@dataclass(frozen=True)
+class Problems:
+    """Prompts padded on the left and their answers, the end mark included, padded with −100."""
+
+    tokens: Tensor
+    mask: Tensor
+    answers: Tensor
+    end_id: int
+
+    @classmethod
+    def of(cls, batch: dict[str, Any], end_id: int) -> Problems:
+        """Cut teacher-forced rows, ``input_ids`` and ``labels`` ``(B, T)``, into prompts and answers."""
+        tokens, labels = batch["input_ids"], batch["labels"]
+        first = (labels != -100).int().argmax(1)
+        lengths = first + 1  # the last token of a prompt is where the first label stands
+        columns = torch.arange(int(lengths.max())) - (lengths.max() - lengths)[:, None]
+        longest = int((labels != -100).sum(1).max())
+        places = first[:, None] + torch.arange(longest)
+        answers = labels.gather(1, places.clamp(max=labels.shape[1] - 1))
+        answers = answers.masked_fill(places >= labels.shape[1], -100)
+        return cls(tokens.gather(1, columns.clamp(min=0)), (columns >= 0).long(), answers, end_id)
+
+
+def measure(
+    model: LoopedTransformer,
+    problems: Problems,
+    *,
+    split: str,
+    num_loops: int,
+    rule: str = "fixed",
+    threshold: float | None = None,
+    cache: str = "per_loop",
+) -> ExitRow:
+    """Answer all problems as one batch and count."""
+    makers = {name: make for name, (make, _) in _RULES.items()} | {"gate": GateExit}
+    exit_rule = None if rule == "fixed" else makers[rule](0.0 if threshold is None else threshold)
+    options = GenerationOptions(
+        num_loops=num_loops,
+        max_new_tokens=problems.answers.shape[1],
+        end_id=problems.end_id,
+        cache=cache,
+        exit_rule=exit_rule,
+    )
+    result = generate_with_loops(model, problems.tokens, options, problems.mask)
+    said = torch.full_like(problems.answers, problems.end_id)
+    said[:, : result.tokens.shape[1]] = result.tokens
+    right = ((said == problems.answers) | (problems.answers == -100)).all(1)
+    memory = model.make_cache(len(said), problems.tokens.shape[1] + said.shape[1] - 1, num_loops, cache).num_bytes
+    return ExitRow(
+        split=split,
+        rule=rule,
+        threshold=float(num_loops) if threshold is None else threshold,
+        cache=cache,
+        exact_match=right.float().mean().item(),
+        mean_loops=result.mean_loops,
+        cache_bytes=memory,
+    )
+
+
+def choose(rows: Sequence[ExitRow], rule: str, most_lost: float) -> float:
+    """Return the threshold of the fewest loops that loses at most ``most_lost`` against the deepest fixed depth."""
+    train = [row for row in rows if row.split == "train" and row.cache == "per_loop"]
+    best = max((row for row in train if row.rule == "fixed"), key=lambda row: row.threshold).exact_match
+    kept = [row for row in train if row.rule == rule and row.exact_match >= best - most_lost]
+    tried = [row for row in train if row.rule == rule]
+    return min(kept or tried, key=lambda row: row.mean_loops if kept else -row.mean_loops).threshold
+
+
+def _measure_all(
+    model: LoopedTransformer, sets: dict[str, Problems], num_loops: int, caches: Sequence[str]
+) -> Iterator[ExitRow]:
+    grids = {name: grid for name, (_, grid) in _RULES.items()}
+    grids |= {"gate": _GATE} if model.exit_gate is not None else {}
+    for split, problems in sets.items():
+        depths = sorted({d for d in range(1, num_loops + 1) if d <= 16 or d % 8 == 0} | {num_loops})
+        for depth in depths:
+            yield measure(model, problems, split=split, num_loops=depth)
+        for rule, grid in grids.items():
+            for threshold in grid:
+                yield measure(model, problems, split=split, num_loops=num_loops, rule=rule, threshold=threshold)
+    for cache in caches:
+        yield measure(model, sets["test"], split="test", num_loops=num_loops, cache=cache)
+
+
+def _read_run(root: Path) -> ArithmeticDataModule:
+    try:
+        data = yaml.safe_load((root / "config.yaml").read_text(encoding="utf-8"))["data"]
+        known = str(data["class_path"]).rsplit(".", 1)[-1] == "ArithmeticDataModule"
+        # The stages of training say nothing of what is measured here.
+        arguments = {name: value for name, value in data["init_args"].items() if name != "digit_stages"}
+    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{str(root)!r} has no config.yaml of a run ({type(error).__name__}).") from None
+    if not known:
+        raise InputError(f"`exits` measures runs on ArithmeticDataModule, got {data['class_path']}.")
+    return ArithmeticDataModule(**arguments)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command; for its options see ``--help``."""
+    parser = Parser("exits", description=__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory of an arithmetic model")
+    parser.add_argument("--num_loops", type=int, default=16, metavar="N", help="greatest depth of a token")
+    parser.add_argument("--most_lost", type=float, default=0.001, help="share of answers a threshold may lose on train")
+    parser.add_argument("--output", type=Path, default=None, help="folder to write to; default: the run directory")
+    args = parser.parse_args(argv)
+    if args.num_loops < 2:
+        parser.error(f"`--num_loops` must be >= 2, got {args.num_loops}")
+    data = _read_run(args.run)
+    model = load_checkpoint(args.run / "checkpoints" / "last.ckpt")
+    batches = [
+        data.training_batch(index, optimizer_step=2**40) for index in range(-(-data.num_test // data.batch_size))
+    ]
+    train = {name: torch.cat([batch[name] for batch in batches]) for name in ("input_ids", "labels")}
+    test = data.held_out("test", data.num_test, data.min_digits, data.max_digits)
+    sets = {"train": Problems.of(train, data.end_id), "test": Problems.of(test, data.end_id)}
+    rings = [f"ring({k})" for k in (2, 4, 8) if k < args.num_loops]
+    rows = list(_measure_all(model, sets, args.num_loops, ["last", *rings]))
+    output = args.run if args.output is None else args.output
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / "exits.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+    _draw(rows, args.num_loops, output)
+    _report(rows, args.num_loops, args.most_lost, output)
+    return 0
+
+
+def _draw(rows: Sequence[ExitRow], num_loops: int, output: Path) -> None:
+    test = [row for row in rows if row.split == "test"]
+    plain = [row for row in test if row.cache == "per_loop"]
+    by_rule = {
+        rule: [(row.mean_loops, 100 * row.exact_match) for row in plain if row.rule == rule]
+        for rule in dict.fromkeys(row.rule for row in plain)
+    }
+    ylabel = "exact match (%)"
+    exits = numbered_points(
+        by_rule, title="Exits: accuracy by mean loops", xlabel="mean loops of a token", ylabel=ylabel
+    )
+    write_figure(output / "exits.png", exits)
+    full = [row for row in test if row.rule == "fixed" and (row.cache != "per_loop" or row.threshold == num_loops)]
+    by_cache = {row.cache: [(row.cache_bytes / 2**20, 100 * row.exact_match)] for row in full}
+    title = f"Caches at {num_loops} loops: accuracy by memory"
+    caches = numbered_points(by_cache, title=title, xlabel="keys and values (MiB)", ylabel=ylabel)
+    write_figure(output / "caches.png", caches)
+
+
+def _report(rows: Sequence[ExitRow], num_loops: int, most_lost: float, output: Path) -> None:
+    """Print, for every rule at the threshold chosen on train, what it loses and saves on test."""
+    from rich.console import Console
+    from rich.table import Table
+
+    test = [row for row in rows if row.split == "test" and row.cache == "per_loop"]
+    fixed = sorted((row for row in test if row.rule == "fixed"), key=lambda row: row.threshold)
+    deepest = fixed[-1]
+    title = (
+        f"Exits on the test set, thresholds chosen on train ({100 * deepest.exact_match:.1f} % at {num_loops} loops)"
+    )
+    table = Table(title=title)
+    for column in ("rule", "threshold", "exact match (%)", "lost (points)", "mean loops", "equal fixed depth", "saved"):
+        table.add_column(column, justify="left" if column == "rule" else "right")
+    for rule in dict.fromkeys(row.rule for row in test if row.rule != "fixed"):
+        threshold = choose(rows, rule, most_lost)
+        row = next(row for row in test if row.rule == rule and row.threshold == threshold)
+        equal = next((f for f in fixed if f.exact_match >= row.exact_match), deepest)
+        table.add_row(
+            rule,
+            f"{threshold:g}",
+            f"{100 * row.exact_match:.1f}",
+            f"{100 * (deepest.exact_match - row.exact_match):.1f}",
+            f"{row.mean_loops:.2f}",
+            f"{equal.threshold:g}",
+            f"{1 - row.mean_loops / equal.threshold:.0%} ({1 - row.mean_loops / num_loops:.0%} of {num_loops})",
+        )
+    console = Console()
+    console.print(table)
+    names = ", ".join(str(output / name) for name in ("exits.csv", "exits.png", "caches.png"))
+    console.print(f"written: {names}", highlight=False, soft_wrap=True)
