@@ -73,7 +73,9 @@ class LoopKVCache:
     A token in loop t attends to what earlier tokens left in the slots of loop t. With the policy ``per_loop`` every
     loop has slots of its own and decoding is exact. With ``ring(k)`` loop t uses the slots of loop t mod k: memory of k
     loops; what earlier tokens left there is from their latest loop with the same remainder. ``last`` is ``ring(1)``.
-    Both are exact only for k ≥ ``num_loops``.
+    Both are exact only for k ≥ ``num_loops``; elsewhere what they cost depends on the model, see ``python -m looplm
+    exits``: one whose input enters once, before the loop, can lose everything, because a new token's first loops then
+    no longer meet the earlier tokens' first states.
 
     Args:
         num_loops: Most loops that can be run.

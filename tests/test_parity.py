@@ -1,5 +1,6 @@
 """Ouro and Huginn against what their own code computed; see the reference's README for the tolerances."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from looplm.checkpoints import from_pretrained
+from looplm.checkpoints import from_pretrained, load_checkpoint, save_pretrained
+from looplm.cli import main
 from looplm.exits import GateExit, exit_distribution
 from looplm.generation import GenerationOptions, generate, generate_with_loops
 from looplm.loop import unroll
@@ -183,3 +185,24 @@ def test_huginn_gives_every_expected_tensor():
     for N in (2, 4):
         check_generation(zero_start, inputs["gen.prompt_ids"], None, N, expected, seen, f"gen.N{N}")
     assert seen == set(expected)
+
+
+@pytest.mark.parametrize("name", [*OUROS, "huginn-tiny"])
+def test_an_original_is_given_back_name_by_name_and_bit_by_bit(name, tmp_path):
+    original = REFERENCE / name
+    assert main(["import", str(original), str(tmp_path / "a.ckpt")]) == 0
+    assert main(["export", str(tmp_path / "a.ckpt"), str(tmp_path / "hf")]) == 0
+    assert main(["import", str(tmp_path / "hf"), str(tmp_path / "b.ckpt")]) == 0
+    assert json.loads((tmp_path / "hf" / "config.json").read_text()) == json.loads(
+        (original / "config.json").read_text()
+    )
+    mine, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "hf", original))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[key], theirs[key]) and mine[key].dtype == theirs[key].dtype for key in theirs)
+    first, second = (load_checkpoint(tmp_path / f"{x}.ckpt").state_dict() for x in "ab")
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    model = from_pretrained(original)
+    model.origin = None  # the config of ours alone says which family it is
+    save_pretrained(model, tmp_path / "fresh", num_loops=4)
+    fresh = json.loads((tmp_path / "fresh" / "config.json").read_text())
+    assert {k: v for k, v in fresh.items() if k in json.loads((original / "config.json").read_text())} == fresh

@@ -216,7 +216,9 @@ def _report(rows: Sequence[ExitRow], num_loops: int, most_lost: float, output: P
         f"Exits on the test set, thresholds chosen on train ({100 * deepest.exact_match:.1f} % at {num_loops} loops)"
     )
     table = Table(title=title)
-    for column in ("rule", "threshold", "exact match (%)", "lost (points)", "mean loops", "equal fixed depth", "saved"):
+    # A fixed depth is equal if it is the least that is right as often.
+    saved = f"saved of {num_loops}"
+    for column in ("rule", "threshold", "right (%)", "lost (points)", "loops", saved, "equal depth", "saved of it"):
         table.add_column(column, justify="left" if column == "rule" else "right")
     for rule in dict.fromkeys(row.rule for row in test if row.rule != "fixed"):
         threshold = choose(rows, rule, most_lost)
@@ -228,8 +230,9 @@ def _report(rows: Sequence[ExitRow], num_loops: int, most_lost: float, output: P
             f"{100 * row.exact_match:.1f}",
             f"{100 * (deepest.exact_match - row.exact_match):.1f}",
             f"{row.mean_loops:.2f}",
+            f"{1 - row.mean_loops / num_loops:.0%}",
             f"{equal.threshold:g}",
-            f"{1 - row.mean_loops / equal.threshold:.0%} ({1 - row.mean_loops / num_loops:.0%} of {num_loops})",
+            f"{1 - row.mean_loops / equal.threshold:.0%}",
         )
     console = Console()
     console.print(table)
