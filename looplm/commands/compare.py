@@ -10,7 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from looplm.commands.arguments import Parser
-from looplm.commands.curves import Curve, Group, group_runs, read_curve
+from looplm.commands.curves import (
+    COMPARISON_COLUMNS,
+    Curve,
+    Group,
+    group_runs,
+    is_comparison,
+    read_comparison,
+    read_curve,
+)
 from looplm.commands.page import COLUMNS, make_pictures, render_page
 from looplm.commands.rows import is_rows_file, read_rows
 from looplm.errors import InputError
@@ -33,7 +41,8 @@ def compare(runs: Sequence[Path], output: Path) -> Path:
     """Print the table of several runs and write the files of :func:`write_comparison`.
 
     Args:
-        runs: Run directories, curves' CSV files, or rows files of ``sweep``, which hold many runs each.
+        runs: Run directories, curves' CSV files, or files that hold many runs each: rows of ``sweep``, and the
+            ``comparison.csv`` of an earlier ``compare``.
         output: The folder to write to.
 
     Returns:
@@ -44,7 +53,12 @@ def compare(runs: Sequence[Path], output: Path) -> Path:
     """
     curves: list[Curve] = []
     for path in runs:
-        curves += read_rows(path).values() if path.is_file() and is_rows_file(path) else [read_curve(path)]
+        if path.is_file() and is_rows_file(path):
+            curves += read_rows(path).values()
+        elif path.is_file() and is_comparison(path):
+            curves += read_comparison(path)
+        else:
+            curves.append(read_curve(path))
     return write_comparison(curves, output)
 
 
@@ -96,7 +110,7 @@ def write_comparison(curves: Sequence[Curve], output: Path) -> Path:
 def _write_curves(curves: Sequence[Curve], path: Path) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["run", "depth", "exact_match", "token_accuracy"])
+        writer.writerow(COMPARISON_COLUMNS)
         for curve in curves:
             columns = (curve.depths, curve.exact_match, curve.token_accuracy)
             writer.writerows([curve.name, *row] for row in zip(*columns, strict=True))
@@ -156,7 +170,11 @@ def run(argv: Sequence[str]) -> int:
     """Run the command; for its options see ``--help``."""
     parser = Parser("compare", description=__doc__)
     parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="run directory, a curve's CSV file, or a rows file of sweep"
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="run directory, a curve's CSV file, a rows file of sweep, or a comparison.csv",
     )
     parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder to write to")
     args = parser.parse_args(argv)

@@ -24,6 +24,8 @@ __all__ = [
     "accuracy_at",
     "area_under_curve",
     "group_runs",
+    "is_comparison",
+    "read_comparison",
     "read_curve",
     "read_dynamics",
 ]
@@ -211,6 +213,48 @@ def read_curve(run_dir: Path) -> Curve:
         escaped=settling.get("escaped"),
         dynamics=read_dynamics(path.with_name(path.name.replace("_curve.csv", "_dynamics.csv"))),
     )
+
+
+COMPARISON_COLUMNS = ("run", "depth", "exact_match", "token_accuracy")
+"""Columns of the ``comparison.csv`` that ``compare`` writes."""
+
+
+def is_comparison(path: Path) -> bool:
+    """Return whether a file begins as the table of curves that ``compare`` writes."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return file.readline().strip() == ",".join(COMPARISON_COLUMNS)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def read_comparison(path: Path) -> list[Curve]:
+    """Read the curves of several runs from a table that ``compare`` wrote; it holds no dynamics.
+
+    Raises:
+        InputError: Names the file and what is wrong with it.
+    """
+    curves: dict[str, list[tuple[int, float, float]]] = {}
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                values = (int(row["depth"]), float(row["exact_match"]), float(row["token_accuracy"]))
+                curves.setdefault(row["run"], []).append(values)
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise InputError(f"{path} is no table of curves: {error}.") from None
+    found = []
+    for name, rows in curves.items():
+        depths, exact_match, token_accuracy = (list(column) for column in zip(*rows, strict=True))
+        found.append(
+            Curve(
+                name=name,
+                depths=depths,
+                exact_match=exact_match,
+                token_accuracy=token_accuracy,
+                mean_depth=None,
+            )
+        )
+    return found
 
 
 def _read_mean_depth(curve: Path, split: str) -> float | None:

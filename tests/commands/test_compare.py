@@ -148,3 +148,18 @@ def test_output_that_cannot_be_written_is_refused(tmp_path: Path, capsys: pytest
 def test_bad_options_are_refused_in_one_line(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert _compare(*argv) == 2
     assert "python -m looplm compare --help" in _error(capsys)
+
+
+def test_a_comparison_can_be_compared_again(tmp_path: Path) -> None:
+    runs = [_run(tmp_path / name, {0: 0.0, 8: value}) for name, value in (("one", 0.5), ("two", 1.0))]
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert _compare(*runs, "--output", first) == 0
+    assert _compare(first / "comparison.csv", "--output", second) == 0
+    assert (second / "comparison.csv").read_bytes() == (first / "comparison.csv").read_bytes()
+
+
+def test_damaged_comparison_is_refused_by_its_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "comparison.csv"
+    path.write_text("run,depth,exact_match,token_accuracy\none,four,0.5,0.5\n")
+    assert _compare(path, "--output", tmp_path / "out") == 2
+    assert f"{path} is no table of curves" in _error(capsys)
