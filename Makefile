@@ -14,7 +14,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 stars: $(VENV)/.installed
-	$(BIN)/python -m looplm sweep conf/stars.yaml conf/fixed_depth.yaml
+	$(BIN)/python -m looplm sweep conf/stars_plus.yaml conf/fixed_depth.yaml
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest

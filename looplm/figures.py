@@ -126,8 +126,8 @@ def settling_by_depth(
     every = [depth for depths, *_ in curves.values() for depth in depths]
     most = 100 * max((value for *_, escaped in curves.values() for value in escaped), default=0.0)
     for axes, name, top in (
-        (left, "right by this depth or an earlier one (%)", 103.0),
-        (right, "escaped: right before, wrong at a later depth (%)", max(1.0, 1.1 * most)),
+        (left, "has been right (%)", 103.0),
+        (right, "right before, wrong since (%)", max(1.0, 1.1 * most)),
     ):
         depth_axis(axes, every)
         axes.tick_params(axis="x", labelrotation=45 if max(every) > 64 else 0)

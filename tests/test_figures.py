@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from looplm.figures import accuracy_and_stability, depth_curves, eigenvalue_plane, latent_paths, quantity_by_depth
+from looplm.figures import (
+    accuracy_and_stability,
+    depth_curves,
+    eigenvalue_plane,
+    latent_paths,
+    quantity_by_depth,
+    settling_by_depth,
+)
 
 
 def test_lines_are_the_curves_in_percent() -> None:
@@ -164,3 +171,15 @@ def test_labels_do_not_overlap() -> None:
         eigenvalue_plane({"sequence 0": [0.5, 3.0]}),
     ):
         assert _overlaps(figure) == []
+
+
+def test_settling_shows_both_distributions_and_keeps_small_escapes_visible() -> None:
+    depths, settled, escaped = [0, 1, 2, 4096], [0.0, 0.9, 1.0, 1.0], [0.0, 0.0, 0.001, 0.002]
+    figure = settling_by_depth({"run": (depths, settled, escaped)})
+    left, right = figure.axes
+    assert left.lines[0].get_ydata().tolist() == pytest.approx([0, 90, 100, 100])
+    assert right.lines[0].get_ydata().tolist() == pytest.approx([0, 0, 0.1, 0.2])
+    assert right.get_ylim()[1] == pytest.approx(
+        1.0
+    )  # a few problems in a thousand are still seen
+    assert left.get_ylim()[1] > 100
