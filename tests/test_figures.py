@@ -179,7 +179,5 @@ def test_settling_shows_both_distributions_and_keeps_small_escapes_visible() -> 
     left, right = figure.axes
     assert left.lines[0].get_ydata().tolist() == pytest.approx([0, 90, 100, 100])
     assert right.lines[0].get_ydata().tolist() == pytest.approx([0, 0, 0.1, 0.2])
-    assert right.get_ylim()[1] == pytest.approx(
-        1.0
-    )  # a few problems in a thousand are still seen
+    assert right.get_ylim()[1] == pytest.approx(1.0)  # a few problems in a thousand are still seen
     assert left.get_ylim()[1] > 100
