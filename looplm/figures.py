@@ -36,7 +36,10 @@ def depth_axis(axes: Axes, depths: Sequence[int]) -> None:
     axes.set_xscale("symlog", base=2, linthresh=1, linscale=1)
     last = max(depths)
     ticks = [0, *(2**k for k in range(last.bit_length()))]
-    axes.set_xticks(ticks, labels=[f"{tick:,}" for tick in ticks])
+    # Beyond 1,024 the labels would print over one another: every second power has one.
+    apart = 1 if last <= 1024 else 2
+    labels = [f"{tick:,}" if (len(ticks) - 1 - index) % apart == 0 else "" for index, tick in enumerate(ticks)]
+    axes.set_xticks(ticks, labels=labels)
     axes.set_xticks([], minor=True)
     axes.set_xlim(-0.15, last * 1.15)
     axes.set_xlabel("depth (loops, log scale)")
