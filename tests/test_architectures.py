@@ -77,7 +77,7 @@ def test_loop_norm_starts_each_loop_from_the_normed_state_and_the_head_reads_it(
 
 def test_coda_norm_stands_on_both_sides_of_the_coda():
     model = build(coda_norm=True, num_coda_layers=1, embedding_scale=3.0)
-    h = 3.0 * model.token_embedding(TOKENS) + model.position_embedding(torch.arange(6))
+    h = 3.0 * (model.token_embedding(TOKENS) + model.position_embedding(torch.arange(6)))
     z = model.final_norm(model.coda[0](model.final_norm(model.core[0](h))))
     torch.testing.assert_close(model(TOKENS, num_loops=1), z @ model.token_embedding.weight.T)
 
