@@ -167,7 +167,7 @@ class LogUniformDepth(DepthSampler):
 
     Example:
         >>> round(LogUniformDepth(8, 512).mean, 1)
-        121.2
+        120.9
     """
 
     def __init__(self, min_depth: int = 1, max_depth: int = 128) -> None:
