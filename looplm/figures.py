@@ -38,7 +38,9 @@ def depth_axis(axes: Axes, depths: Sequence[int]) -> None:
     ticks = [0, *(2**k for k in range(last.bit_length()))]
     # Beyond 1,024 the labels would print over one another: every second power has one.
     apart = 1 if last <= 1024 else 2
-    labels = [f"{tick:,}" if (len(ticks) - 1 - index) % apart == 0 else "" for index, tick in enumerate(ticks)]
+    labels = [
+        f"{tick:,}" if index == 0 or (len(ticks) - 1 - index) % apart == 0 else "" for index, tick in enumerate(ticks)
+    ]
     axes.set_xticks(ticks, labels=labels)
     axes.set_xticks([], minor=True)
     axes.set_xlim(-0.15, last * 1.15)
