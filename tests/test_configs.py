@@ -31,7 +31,9 @@ def _name(path: Path) -> str:
 
 def _merged(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
     both = {
-        key: _merged(base[key], overlay[key]) for key in base.keys() & overlay.keys() if isinstance(base[key], dict)
+        key: _merged(base[key], overlay[key])
+        for key in base.keys() & overlay.keys()
+        if isinstance(base[key], dict) and isinstance(overlay[key], dict)
     }
     return {**base, **overlay, **both}
 

@@ -53,7 +53,7 @@ def test_finished_runs_are_kept_and_changed_ones_run_again(
 
     assert main(sweep) == 0
     assert _commands(in_process) == ["fit", "test"] * 2
-    written = {"comparison.csv", "comparison.html", "comparison.png", "robustness.csv"}
+    written = {"comparison.csv", "comparison.html", "comparison.png", "escapes.png", "robustness.csv"}
     assert {path.name for path in (root / "compare").iterdir()} == written
     kept = [path.stat().st_mtime_ns for path in (_checkpoint(root / "first"), _checkpoint(root / "second"))]
 
