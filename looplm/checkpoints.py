@@ -25,7 +25,16 @@ from looplm.families import Family, ForeignTensor, Part, family_named, family_of
 from looplm.model import LoopedTransformer, Origin
 from looplm.shards import Shards, write_shards
 
-__all__ = ["from_pretrained", "load_checkpoint", "local_folder", "read_origin", "save_checkpoint", "save_pretrained"]
+__all__ = [
+    "from_pretrained",
+    "load_checkpoint",
+    "load_model",
+    "local_folder",
+    "pack_origin",
+    "read_origin",
+    "save_checkpoint",
+    "save_pretrained",
+]
 
 # What belongs to a model beside config and weights: all of a tokenizer, and a model's own code, which is not run here.
 _CARRIED = (
@@ -41,6 +50,25 @@ _CARRIED = (
 )
 _WANTED = ("config.json", "*.safetensors", "model.safetensors.index.json", *_CARRIED)
 _OWN_TYPE = "looplm"
+
+
+def load_model(source: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> LoopedTransformer:
+    """Return the model of a checkpoint file or of a Hugging Face directory or hub id, in evaluation mode.
+
+    Args:
+        source: What :func:`load_checkpoint` or :func:`from_pretrained` takes.
+        dtype: Type of the weights; None: that of the files.
+
+    Raises:
+        InputError: See there.
+    """
+    if not Path(source).is_file():
+        return from_pretrained(source, dtype=dtype)
+    model = load_checkpoint(source)
+    for parameter in model.parameters():
+        # Out of the mapped file: training may write a new checkpoint in its place.
+        parameter.data = parameter.data.to(dtype or parameter.dtype, copy=True)
+    return model
 
 
 def from_pretrained(
@@ -187,16 +215,13 @@ def save_checkpoint(model: LoopedTransformer, path: str | os.PathLike[str]) -> N
         InputError: If the file cannot be written.
     """
     content: dict[str, Any] = {
+        **pack_origin(model.origin),
         "state_dict": {f"model.{name}": tensor for name, tensor in model.state_dict().items()},
         "hyper_parameters": {"config": model.config.to_dict()},
         "pytorch-lightning_version": lightning.__version__,
         "epoch": 0,
         "global_step": 0,
     }
-    if model.origin is not None:
-        # Bytes as tensors: what a checkpoint holds must load without running code.
-        files = {name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in _filled(model.origin)}
-        content["origin"] = {"config": model.origin.config, "files": files}
     target = Path(path)
     draft = target.with_name(f".{target.name}.draft")
     try:
@@ -210,9 +235,13 @@ def save_checkpoint(model: LoopedTransformer, path: str | os.PathLike[str]) -> N
             draft.unlink(missing_ok=True)
 
 
-def _filled(origin: Origin) -> Iterator[tuple[str, bytes]]:
-    """Leave out empty files, which have no buffer."""
-    return ((name, data) for name, data in origin.files.items() if data)
+def pack_origin(origin: Origin | None) -> dict[str, Any]:
+    """Return what a checkpoint holds of where its model came from: nothing, or ``origin`` as plain data and tensors."""
+    if origin is None:
+        return {}
+    # Bytes as tensors: what a checkpoint holds must load without running code. An empty file has no buffer.
+    files = {name: torch.frombuffer(bytearray(d), dtype=torch.uint8) for name, d in origin.files.items() if d}
+    return {"origin": {"config": origin.config, "files": files}}
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> LoopedTransformer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 __all__ = ["LoopedConfig"]
@@ -187,6 +187,35 @@ class LoopedConfig:
         if missing:
             raise ValueError(f"missing architecture fields {missing}.")
         return cls(**values)
+
+    def for_weights(self, pretrained: LoopedConfig) -> LoopedConfig:
+        """Return the architecture of pretrained weights, for a run that was asked for this one.
+
+        Fields at their default follow the weights, and any other must be as there. The run's tokens and positions may
+        be fewer. ``dropout`` is no property of weights: a value that is not the default stays.
+
+        Args:
+            pretrained: The architecture of the weights.
+
+        Raises:
+            ValueError: Names the fields that the weights cannot have.
+
+        Example:
+            >>> asked = LoopedConfig(vocab_size=11, max_positions=8)
+            >>> asked.for_weights(LoopedConfig.ouro_1_4b()) == LoopedConfig.ouro_1_4b()
+            True
+        """
+        differing = []
+        for field in fields(self):
+            asked, there = getattr(self, field.name), getattr(pretrained, field.name)
+            if field.name in ("vocab_size", "max_positions"):
+                differing += [f"`{field.name}` at most {there}, got {asked}"] if asked > there else []
+            elif field.name != "dropout" and asked not in (field.default, there):
+                differing.append(f"`{field.name}` {there!r}, got {asked!r}")
+        if differing:
+            raise ValueError(f"the pretrained weights need {'; '.join(differing)}.")
+        default = LoopedConfig.__dataclass_fields__["dropout"].default
+        return pretrained if self.dropout == default else replace(pretrained, dropout=self.dropout)
 
     @classmethod
     def stars_addition(cls, *, vocab_size: int, max_positions: int) -> LoopedConfig:

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from looplm.cache import LoopKVCache
+from looplm.checkpoints import load_model, pack_origin
 from looplm.config import LoopedConfig
 from looplm.depth import LogNormalDepth
 from looplm.errors import InputError
@@ -54,6 +55,22 @@ class LRSchedule:
         return self.min_ratio + (1 - self.min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def _pretrained(config: LoopedConfig, source: str) -> LoopedTransformer:
+    model = load_model(source, dtype=torch.float32)
+    try:
+        config = config.for_weights(model.config)
+    except ValueError as error:
+        raise InputError(f"`init_from` {source!r}: {error}") from None
+    if config != model.config:
+        weights, origin = model.state_dict(), model.origin
+        with torch.device("meta"):
+            model = LoopedTransformer(config)
+        model.load_state_dict(weights, assign=True)
+        model.origin = origin
+    # Lightning leaves every part in the mode in which it comes.
+    return model.train()
+
+
 class LoopLM(L.LightningModule):
     """Trains, evaluates and queries a :class:`~looplm.model.LoopedTransformer`.
 
@@ -71,8 +88,12 @@ class LoopLM(L.LightningModule):
         predict_depth: Depth at which ``predict`` answers.
         max_new_tokens: Longest answer in ``predict``.
         seed: Seed of every draw of a training step.
+        init_from: Start from these weights: a checkpoint file, a Hugging Face directory or a hub id (Ouro, Huginn, our
+            own). The architecture is theirs, see :meth:`~looplm.config.LoopedConfig.for_weights`; trained in float32
+            unless ``trainer.precision`` says otherwise. None: random weights.
 
     Raises:
+        InputError: If ``init_from`` cannot be read or has another architecture.
         ValueError: If a list of depths is not increasing, or a number is out of its range.
     """
 
@@ -87,6 +108,7 @@ class LoopLM(L.LightningModule):
         predict_depth: int = 8,
         max_new_tokens: int = 32,
         seed: int = 0,
+        init_from: str | None = None,
     ) -> None:
         super().__init__()
         if predict_depth < 0 or max_new_tokens < 1:
@@ -94,11 +116,14 @@ class LoopLM(L.LightningModule):
                 f"`predict_depth` must be >= 0 and `max_new_tokens` >= 1, got {predict_depth} and {max_new_tokens}."
             )
         config = LoopedConfig.from_dict(config) if isinstance(config, Mapping) else config
-        self.save_hyperparameters({"config": config.to_dict()})
-        # The initial weights depend on the seed alone, not on what drew from the global state before.
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.model = LoopedTransformer(config)
+        if init_from is None:
+            # The initial weights depend on the seed alone, not on what drew from the global state before.
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                self.model = LoopedTransformer(config)
+        else:
+            self.model = _pretrained(config, init_from)
+        self.save_hyperparameters({"config": self.model.config.to_dict()})
         self.objective = objective
         self.optimizer = optimizer
         self.lr_schedule = lr_schedule
@@ -207,6 +232,10 @@ class LoopLM(L.LightningModule):
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add where the model came from, so that ``export`` can give it back under its original names."""
+        checkpoint.update(pack_origin(self.model.origin))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another architecture.

@@ -138,12 +138,19 @@ class LoopLMCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; what a constructor refuses is the user's to mend."""
+        model = self._run_config.model
+        source = model.init_from
         try:
+            if source is not None and self._run_config.ckpt_path is not None:
+                # All that is needed stands in the checkpoint; where its run once started may be gone.
+                model.init_from = self._run_config.ckpt_path
             super().instantiate_classes()
         except InputError:
             raise
         except (ValueError, TypeError) as error:
             raise InputError(str(error)) from error
+        finally:
+            model.init_from = source  # what config.yaml records
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
