@@ -193,14 +193,13 @@ def _draw(rows: Sequence[ExitRow], num_loops: int, output: Path) -> None:
         for rule in dict.fromkeys(row.rule for row in plain)
     }
     ylabel = "exact match (%)"
-    exits = numbered_points(
-        by_rule, title="Exits: accuracy by mean loops", xlabel="mean loops of a token", ylabel=ylabel
-    )
+    axes: dict[str, Any] = {"ylabel": ylabel, "limits": (-3.0, 103.0), "log_scale": True}
+    exits = numbered_points(by_rule, title="Exits: accuracy by mean loops", xlabel="mean loops of a token", **axes)
     write_figure(output / "exits.png", exits)
     full = [row for row in test if row.rule == "fixed" and (row.cache != "per_loop" or row.threshold == num_loops)]
     by_cache = {row.cache: [(row.cache_bytes / 2**20, 100 * row.exact_match)] for row in full}
     title = f"Caches at {num_loops} loops: accuracy by memory"
-    caches = numbered_points(by_cache, title=title, xlabel="keys and values (MiB)", ylabel=ylabel)
+    caches = numbered_points(by_cache, title=title, xlabel="keys and values (MiB)", **axes)
     write_figure(output / "caches.png", caches)
 
 
