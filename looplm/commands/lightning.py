@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
@@ -21,7 +22,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 # The classes are imported so that configs can name them without their path.
+import looplm
 from looplm.callbacks.depth_accuracy import DepthAccuracyCurve
+from looplm.commands.messages import condense
 from looplm.corpora.arithmetic import ArithmeticDataModule
 from looplm.errors import InputError
 from looplm.module import LoopLM
@@ -38,7 +41,15 @@ _IRRELEVANT_WARNINGS = (
 
 class _Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise InputError(message) from ex
+        raise InputError(condense(message, _option_names(self), looplm.__all__)) from ex
+
+
+def _option_names(parser: LightningArgumentParser) -> list[str]:
+    """Return the names of all options, of all subcommands and of our DataModule, without dashes."""
+    options = {key.removeprefix("--") for action in parser._actions for key in action.option_strings}
+    for subparser in getattr(parser._subcommands_action, "_name_parser_map", {}).values():
+        options.update(_option_names(subparser))
+    return [*options, *inspect.signature(ArithmeticDataModule).parameters]
 
 
 def _integer_seed(seed: Any) -> int:
@@ -148,7 +159,7 @@ class LoopLMCLI(LightningCLI):
         except InputError:
             raise
         except (ValueError, TypeError) as error:
-            raise InputError(str(error)) from error
+            raise InputError(condense(str(error))) from error
         finally:
             model.init_from = source  # what config.yaml records
 

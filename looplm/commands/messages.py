@@ -1,0 +1,71 @@
+"""What the argument parser says of a wrong value, in one line, with the nearest valid name.
+
+Knows the parser's wording and nothing else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+
+__all__ = ["condense", "nearest"]
+
+_KEY = re.compile(r'Parser key "([^"]+)":')
+_BULLET = re.compile(r"^\s*- (.*)$", re.MULTILINE)
+# Alternatives of a type that the user did not mean: every field may also be a file, or nothing.
+_NOISE = re.compile(r"Expected a path but |Expected a <class 'NoneType'>|Does not validate against any of the Union")
+_EXPECTED = re.compile(r"Expected a <class '([\w.]+)'>\. Got value: (.*)", re.DOTALL)
+_NAME = re.compile(r"Expected a dot import path string: (\S+)")
+_OPTION = re.compile(r"Option '([^']+)' is not accepted")
+_UNRECOGNIZED = re.compile(r"unrecognized arguments: --([\w.]+)")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return ``; did you mean …?`` with the known word that is most like this one, or nothing.
+
+    Example:
+        >>> nearest("widht", ["depth", "width"])
+        '; did you mean width?'
+    """
+    found = difflib.get_close_matches(word, sorted(set(known)), n=1, cutoff=0.6)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def condense(message: str, options: Iterable[str] = (), names: Iterable[str] = ()) -> str:
+    r"""Return a message of the parser without what a user cannot use.
+
+    Args:
+        message: The parser's.
+        options: Names of all options, without dashes.
+        names: Names of classes that a config can name.
+
+    Example:
+        >>> condense("Parser key \"a.b\":\n  Expected a <class 'int'>. Got value: x")
+        '`a.b` must be int, got x'
+    """
+    found = _UNRECOGNIZED.match(message)
+    if found:
+        return f"unknown option --{found[1]}{nearest(f'--{found[1]}', (f'--{option}' for option in options))}"
+    keys = list(dict.fromkeys(_KEY.findall(message)))
+    bullets = [bullet.strip() for bullet in _BULLET.findall(message) if not _NOISE.match(bullet.strip())]
+    if not bullets:
+        # No alternatives, or only those that are no help: the words after the last key.
+        bullets = [_KEY.split(message)[-1].strip()] if not _BULLET.search(message) else []
+    reasons = [_reason(bullet, options, names) for bullet in dict.fromkeys(bullets)]
+    if not reasons:
+        return message
+    where = ".".join(keys)
+    separator = " " if reasons[0].startswith("must ") else ": "
+    return f"`{where}`{separator}{'; '.join(reasons)}" if where else "; ".join(reasons)
+
+
+def _reason(bullet: str, options: Iterable[str], names: Iterable[str]) -> str:
+    if found := _EXPECTED.fullmatch(bullet):
+        return f"must be {found[1]}, got {found[2]}"
+    if found := _NAME.fullmatch(bullet):
+        return f"must name a class, got {found[1]}{nearest(found[1], names)}"
+    if found := _OPTION.search(bullet):
+        endings = [option.rsplit(".", 1)[-1] for option in options]
+        return f"unknown field {found[1]}{nearest(found[1], endings)}"
+    return bullet
