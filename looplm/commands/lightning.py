@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 # The classes are imported so that configs can name them without their path.
 from looplm.callbacks.depth_accuracy import DepthAccuracyCurve
+from looplm.corpora import bpe, mathematics, pretrained_tokenizer, text_tokenizer  # noqa: F401
 from looplm.corpora.arithmetic import ArithmeticDataModule
 from looplm.errors import InputError
 from looplm.module import LoopLM
