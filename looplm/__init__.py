@@ -37,6 +37,7 @@ _HOME = {
     "LoopedConfig": "looplm.config",
     "LoopedModel": "looplm.loop",
     "LoopedTransformer": "looplm.model",
+    "MathDataModule": "looplm.corpora.mathematics",
     "PoissonDepth": "looplm.depth",
     "ResidualExit": "looplm.exits",
     "STARSObjective": "looplm.objective",
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from looplm.checkpoints import from_pretrained, save_pretrained
     from looplm.config import LoopedConfig
     from looplm.corpora.arithmetic import ArithmeticDataModule
+    from looplm.corpora.mathematics import MathDataModule
     from looplm.depth import (
         DepthSampler,
         FixedDepth,

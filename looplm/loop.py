@@ -29,7 +29,8 @@ class LoopState:
         hidden: The latent state, ``(B, …)``, usually ``(B, T, D)``, or a dict of such tensors.
         context: What every step reads and none changes (injected embedding, positions, masks). Each tensor in it
             has a leading dimension of B (one row a sample) or 1 (shared by all samples). The entry
-            ``attention_mask`` ``(B, T)``, where there is one, tells real positions (non-zero) from padding.
+            ``attention_mask`` ``(B, T)``, where there is one, tells real positions (non-zero) from padding. (What
+            ``embed`` takes may hold document numbers in packed rows; attention and positions follow from them there.)
         depth: How many steps have been applied.
 
     Example:

@@ -87,6 +87,8 @@ class LoopedTransformer(nn.Module):
         Args:
             inputs: Token ids, ``(B, T)``.
             attention_mask: ``(B, T)``, non-zero at real positions; padding may stand left or right. None: no padding.
+                Integers number the documents of a packed row (0: padding): a token sees earlier tokens of its own
+                document only, and positions begin anew in each, so that every document is computed as if alone.
             initial_hidden: h₀ in place of the config's ``state_init``, ``(B, T, D)``.
             cache: Holds the tokens before these, which ``inputs`` then continues.
 
@@ -94,19 +96,26 @@ class LoopedTransformer(nn.Module):
             The state h₀ ``(B, T, D)`` and the context of every step.
 
         Raises:
-            ValueError: If the sequence is longer than ``max_positions`` or the mask has another shape.
+            ValueError: If a sequence (a document, where rows are packed) is longer than ``max_positions``, the mask has
+                another shape, or packed rows meet a cache.
         """
         batch, length = inputs.shape
         start = 0 if cache is None else cache.length
-        if start + length > self.config.max_positions:
-            raise ValueError(
-                f"a sequence may have {self.config.max_positions} tokens (`max_positions`), got {start + length}."
-            )
         if attention_mask is not None and attention_mask.shape != inputs.shape:
             raise ValueError(f"`attention_mask` must be {tuple(inputs.shape)}, got {tuple(attention_mask.shape)}.")
         real = None if attention_mask is None else attention_mask.bool()
-        so_far = real if cache is None else cache.extend(batch, length, real)
-        mask, position_ids = _mask_and_positions(so_far, start, length, inputs.device)
+        documents = _documents(attention_mask)
+        if documents is None:
+            longest = start + length
+            so_far = real if cache is None else cache.extend(batch, length, real)
+            mask, position_ids = _mask_and_positions(so_far, start, length, inputs.device)
+        else:
+            if cache is not None:
+                raise ValueError("a cache holds one document a row, got an `attention_mask` that numbers several.")
+            mask, position_ids = _mask_and_positions_of_documents(documents)
+            longest = int(position_ids.max()) + 1
+        if longest > self.config.max_positions:
+            raise ValueError(f"a sequence may have {self.config.max_positions} tokens (`max_positions`), got {longest}.")
         context: dict[str, Any] = {"attention_mask": real, "mask": mask, "rotary": None}
         hidden = self.token_embedding(inputs)
         if self.position_embedding is not None:
@@ -244,3 +253,25 @@ def _mask_and_positions(
     if start and length > 1:
         return torch.ones(length, start + length, dtype=torch.bool, device=device).tril(start)[None, None], position_ids
     return None, position_ids
+
+
+def _documents(attention_mask: Tensor | None) -> Tensor | None:
+    """Return the mask where it tells documents of a row apart; None where every row is one sequence."""
+    if attention_mask is None or attention_mask.dtype == torch.bool or attention_mask.is_floating_point():
+        return None
+    # One document a row, whatever its number, is plain causal attention, for which there are faster kernels.
+    first = attention_mask.amax(1, keepdim=True)
+    return attention_mask if bool(((attention_mask != first) & (attention_mask != 0)).any()) else None
+
+
+def _mask_and_positions_of_documents(documents: Tensor) -> tuple[Tensor, Tensor]:
+    """Return block-diagonal causal attention and positions that count within each document.
+
+    Args:
+        documents: The document that each token belongs to, ``(B, T)``; 0: padding.
+
+    Returns:
+        The mask ``(B, 1, T, T)`` and position ids ``(B, T)``.
+    """
+    own = (documents[:, :, None] == documents[:, None, :]).tril()  # padding sees padding: never nothing at all
+    return own[:, None], (own.sum(-1) - 1) * (documents != 0)

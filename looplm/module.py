@@ -75,7 +75,8 @@ class LoopLM(L.LightningModule):
     """Trains, evaluates and queries a :class:`~looplm.model.LoopedTransformer`.
 
     Itself a :class:`~looplm.loop.LoopedModel`. Batches are dicts as made by
-    :class:`~looplm.corpora.arithmetic.ArithmeticDataModule`. ``validation_step`` and ``test_step`` return what
+    :class:`~looplm.corpora.arithmetic.ArithmeticDataModule` and
+    :class:`~looplm.corpora.mathematics.MathDataModule`. ``validation_step`` and ``test_step`` return what
     :class:`~looplm.callbacks.depth_accuracy.DepthAccuracyCurve` reads.
 
     Args:
@@ -174,7 +175,8 @@ class LoopLM(L.LightningModule):
         torch.manual_seed(key.fold("dropout"))
         out = self.objective(self.model, batch, key)
         right = (out.logits.argmax(-1) == batch["labels"]) | (batch["labels"] == -100)
-        shown: dict[str, Any] = {"loss": out.loss.detach(), "exact_match": right.all(-1).float().mean()}
+        exact_match = _share_all_right(right, batch.get("attention_mask"))
+        shown: dict[str, Any] = {"loss": out.loss.detach(), "exact_match": exact_match}
         if out.penalty is not None:
             shown["penalty"] = out.penalty
         shown["depth"] = float(out.depth)
@@ -260,3 +262,19 @@ class LoopLM(L.LightningModule):
             raise InputError(
                 f"the checkpoint's weights are not those of its architecture: {unmatched} on one side only."
             )
+
+
+def _share_all_right(right: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Return the share of sequences that are right throughout; where rows are packed, of their documents.
+
+    Args:
+        right: Whether a token is right or not asked for, ``(B, T)``.
+        attention_mask: ``(B, T)``; integers number the documents of a row, 0 is padding.
+    """
+    if attention_mask is None or attention_mask.dtype == torch.bool or attention_mask.is_floating_point():
+        return right.all(-1).float().mean()
+    documents = attention_mask.long().clamp(max=right.shape[1])  # not their maximum, which a GPU would have to tell
+    counts = torch.zeros(len(right), right.shape[1] + 1, device=right.device)
+    tokens = counts.scatter_add(1, documents, torch.ones_like(counts[:, 1:]))[:, 1:]
+    wrong = counts.scatter_add(1, documents, (~right).float())[:, 1:]
+    return ((wrong == 0) & (tokens > 0)).sum() / (tokens > 0).sum().clamp_min(1)

@@ -118,7 +118,7 @@ class STARSObjective:
         Args:
             model: Any looped model.
             batch: ``input_ids`` (what ``embed`` takes), ``labels`` ``(B, …)`` aligned with the logits, −100 = ignored,
-                and optionally ``attention_mask`` ``(B, T)``.
+                and optionally ``attention_mask`` ``(B, T)``. A packed row counts as one sequence in the penalty.
             key: Names the micro-batch; all randomness derives from it.
         """
         depth = self.depth_sampler.sample(key)

@@ -25,6 +25,7 @@ from lightning.pytorch.utilities import rank_zero_info
 import looplm
 from looplm.callbacks.depth_accuracy import DepthAccuracyCurve
 from looplm.commands.messages import condense
+from looplm.corpora import bpe, mathematics, pretrained_tokenizer, text_tokenizer  # noqa: F401
 from looplm.corpora.arithmetic import ArithmeticDataModule
 from looplm.errors import InputError
 from looplm.module import LoopLM
@@ -45,11 +46,12 @@ class _Parser(LightningArgumentParser):
 
 
 def _option_names(parser: LightningArgumentParser) -> list[str]:
-    """Return the names of all options, of all subcommands and of our DataModule, without dashes."""
+    """Return the names of all options, of all subcommands and of our DataModules, without dashes."""
     options = {key.removeprefix("--") for action in parser._actions for key in action.option_strings}
     for subparser in getattr(parser._subcommands_action, "_name_parser_map", {}).values():
         options.update(_option_names(subparser))
-    return [*options, *inspect.signature(ArithmeticDataModule).parameters]
+    data = (ArithmeticDataModule, mathematics.MathDataModule)
+    return [*options, *(name for kind in data for name in inspect.signature(kind).parameters)]
 
 
 def _integer_seed(seed: Any) -> int:

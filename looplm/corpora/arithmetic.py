@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
 from looplm.corpora.problems import (
     MAX_DIGITS,
@@ -30,6 +29,7 @@ from looplm.corpora.problems import (
     in_split,
     parse_problem,
 )
+from looplm.corpora.stream import TrainingStream, trained_batches
 from looplm.corpora.tokenizer import CharTokenizer
 from looplm.depth import check_starts
 from looplm.errors import InputError
@@ -84,19 +84,6 @@ class _Encoder:
             "attention_mask": real,
             "index": torch.from_numpy(indices),
         }
-
-
-class _TrainingStream(IterableDataset[dict[str, Tensor]]):
-    """Whole batches, endless; begins where the trainer stands, so that resuming neither repeats nor skips any."""
-
-    def __init__(self, make_batch: Callable[[int], dict[str, Tensor]], position: Callable[[], int]) -> None:
-        self.make_batch, self.position = make_batch, position
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        micro_batch = self.position()
-        while True:
-            yield self.make_batch(micro_batch)
-            micro_batch += 1
 
 
 class _Rows(Dataset[dict[str, Any]]):
@@ -270,9 +257,6 @@ class ArithmeticDataModule(L.LightningDataModule):
         """Return the endless training stream, from where the trainer stands."""
         trainer = self.trainer
 
-        def position() -> int:
-            return 0 if trainer is None else trainer.fit_loop.epoch_loop.total_batch_idx + 1
-
         def make_batch(micro_batch: int) -> dict[str, Tensor]:
             if trainer is None:
                 return self.training_batch(micro_batch)
@@ -283,7 +267,7 @@ class ArithmeticDataModule(L.LightningDataModule):
                 world_size=trainer.world_size,
             )
 
-        return DataLoader(_TrainingStream(make_batch, position), batch_size=None)
+        return DataLoader(TrainingStream(make_batch, partial(trained_batches, trainer)), batch_size=None)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Return the validation set."""

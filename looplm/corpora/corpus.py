@@ -1,0 +1,168 @@
+"""The rows of one source that are used, and a line that says what became of the others. Knows no order, no batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from looplm.corpora.batches import Example
+from looplm.corpora.rows import PARTS, Fault
+from looplm.corpora.sources import Source
+from looplm.corpora.token_table import TokenTable
+from looplm.errors import InputError
+
+__all__ = ["BadRows", "Corpus", "Overlong", "RowPolicy", "describe_fault", "report"]
+
+Overlong = Literal["drop", "truncate", "error"]
+BadRows = Literal["error", "skip"]
+
+_FAULTS = {
+    Fault.EMPTY: "empty",
+    Fault.NO_TEXT: "no string",
+    Fault.NUL: "with a NUL character",
+    Fault.MALFORMED: "no JSON object",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowPolicy:
+    """What happens to rows that cannot be used as they are.
+
+    Raises:
+        ValueError: If a value is not allowed.
+    """
+
+    max_tokens: int
+    """Most tokens of a row: prompt, solution and end mark."""
+    overlong: Overlong = "drop"
+    """Longer rows: left out, cut after ``max_tokens``, or an error."""
+    bad_rows: BadRows = "error"
+    """Rows that are no text (a number, a NUL character, a line that is no JSON): an error, or left out. Rows where a
+    text is empty are left out in any case."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 2:
+            raise ValueError(f"`max_tokens` must be >= 2, got {self.max_tokens}.")
+        for name, allowed in (("overlong", ("drop", "truncate", "error")), ("bad_rows", ("error", "skip"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {list(allowed)}, got {getattr(self, name)!r}.")
+
+    def verdict(self, fault: int, length: int, num_prompt: int) -> str:
+        """Return what a row is: ``kept`` or why it is not; the same words count it in :func:`report`."""
+        if fault:
+            return _FAULTS[Fault(fault)]
+        if length <= self.max_tokens:
+            return "kept"
+        if self.overlong != "truncate":
+            return f"longer than {self.max_tokens} tokens"
+        return "cut" if num_prompt < self.max_tokens else f"whose prompt alone has {self.max_tokens} tokens"
+
+
+def describe_fault(source: Source, row: int, fault: int, part: int) -> str:
+    """Return the error of a faulty row, counted from 0."""
+    column = source.columns.get(PARTS[part], PARTS[part])
+    where = "" if fault == Fault.MALFORMED else f", column {column!r}"
+    return f"{source.path}, row {row + 1}{where}: {_FAULTS[Fault(fault)]}; `bad_rows: skip` leaves such rows out."
+
+
+def report(name: str, counts: Mapping[str, int]) -> str:
+    """Return one line on what became of the rows.
+
+    Example:
+        >>> report("gsm8k", {"kept": 97, "cut": 1, "empty": 2})
+        'gsm8k: 98 of 100 rows (1 of them cut); left out: 2 empty'
+    """
+    used = counts.get("kept", 0) + counts.get("cut", 0)
+    line = f"{name}: {used} of {sum(counts.values())} rows"
+    if counts.get("cut"):
+        line += f" ({counts['cut']} of them cut)"
+    left_out = [f"{number} {why}" for why, number in counts.items() if why not in ("kept", "cut") and number]
+    return f"{line}; left out: {', '.join(left_out)}" if left_out else line
+
+
+class Corpus:
+    """Rows of a source that are used.
+
+    Args:
+        source: The source.
+        table: Its rows as tokens.
+        policy: What happens to the others.
+
+    Attributes:
+        rows: Their places in the source, int64 ``(N,)``.
+        lengths: Tokens of each, int64 ``(N,)``.
+        counts: How many rows are used, and why how many are not.
+
+    Raises:
+        InputError: If a row is refused, or none is left.
+    """
+
+    def __init__(self, source: Source, table: TokenTable, policy: RowPolicy) -> None:
+        self.source, self.table, self.policy = source, table, policy
+        if policy.bad_rows == "error":
+            refused = np.flatnonzero((table.fault != Fault.NONE) & (table.fault != Fault.EMPTY))
+            if len(refused):
+                row = int(refused[0])
+                raise InputError(describe_fault(source, row, int(table.fault[row]), int(table.part[row])))
+        good = table.fault == Fault.NONE
+        too_long = good & (table.lengths > policy.max_tokens)
+        if policy.overlong == "error" and too_long.any():
+            row = int(np.flatnonzero(too_long)[0])
+            raise InputError(
+                f"{source.path}, row {row + 1}: {table.lengths[row]} tokens are more than `max_tokens` "
+                f"{policy.max_tokens}; `overlong` may be drop or truncate."
+            )
+        self.counts = {"kept": int((good & ~too_long).sum())}
+        usable = good & ~too_long
+        if policy.overlong == "truncate":
+            cut = too_long & (table.num_prompt < policy.max_tokens)
+            usable |= cut
+            self.counts["cut"] = int(cut.sum())
+        for fault, why in _FAULTS.items():
+            self.counts[why] = int((table.fault == fault).sum())
+        for row in np.flatnonzero(too_long & ~usable):
+            why = policy.verdict(0, int(table.lengths[row]), int(table.num_prompt[row]))
+            self.counts[why] = self.counts.get(why, 0) + 1
+        self._keep(np.flatnonzero(usable))
+
+    def _keep(self, rows: np.ndarray) -> None:
+        self.rows = rows
+        self.lengths = np.minimum(self.table.lengths[rows], self.policy.max_tokens)
+        if not len(rows):
+            raise InputError(f"no row can be used: {self.report()}.")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def keys(self) -> np.ndarray:
+        """The key of each question, int64 ``(N,)``."""
+        return self.table.key[self.rows]
+
+    def leave_out(self, keys: np.ndarray, why: str) -> None:
+        """Use no row whose question has one of the keys.
+
+        Raises:
+            InputError: If none is left.
+        """
+        mine = np.isin(self.keys, keys)
+        if mine.any():
+            self.counts[why] = self.counts.get(why, 0) + int(mine.sum())
+            self.counts["kept"] -= int(mine.sum())
+            self._keep(self.rows[~mine])
+
+    def example(self, item: int) -> Example:
+        """Return row ``rows[item]``."""
+        row = int(self.rows[item])
+        return Example(self.table.ids(row)[: self.policy.max_tokens], int(self.table.num_prompt[row]))
+
+    def report(self) -> str:
+        """Return one line on what became of the source's rows."""
+        line = report(self.source.label, self.counts)
+        joined = int(self.table.joined.sum())
+        if joined:
+            line += f"; in {joined} a token would have joined prompt and solution, which were encoded apart"
+        return line

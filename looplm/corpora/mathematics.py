@@ -1,0 +1,527 @@
+"""Question and solution corpora as a LightningDataModule: any source, any tokenizer, the loss on the solution.
+
+Knows the trainer (where the stream stands) but no model, and nothing of grading.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from looplm.corpora.batches import Example, packed_batch, padded_batch, padded_prompts
+from looplm.corpora.corpus import BadRows, Corpus, Overlong, RowPolicy
+from looplm.corpora.rows import Fault, Rows, check_rows
+from looplm.corpora.sources import Source, content_key, load_rows
+from looplm.corpora.stream import TrainingStream, trained_batches
+from looplm.corpora.streamed import StreamedOrder
+from looplm.corpora.templates import SolutionText
+from looplm.corpora.text_tokenizer import ByteTokenizer, TextTokenizer
+from looplm.corpora.token_table import RowEncoder, TokenTable, plain_hash, prompts_that_change, token_table
+from looplm.corpora.training_order import Batching, TrainingOrder
+from looplm.errors import InputError
+from looplm.randomness import fold, hash_uint64
+
+__all__ = ["MathDataModule"]
+
+_HELD_OUT_SEED = 2026  # the same rows for every seed of training
+_LEARN_ROWS = 200_000  # of each source, which is as much as a tokenizer needs
+_CHECKED_PROMPTS = 64
+
+
+class MathDataModule(L.LightningDataModule):
+    """Questions with solutions from files or the Hugging Face hub, tokenised once, with the loss on the solution.
+
+    A training batch is a dict: ``input_ids`` int64 ``(B, T)``; ``labels`` int64 ``(B, T)``, the token that each
+    position must predict, −100 outside the solution and its end mark; ``attention_mask`` ``(B, T)``: bool, or where
+    rows are packed the number of the document, 0 at padding; ``index`` int64 ``(B,)``, the rows' numbers in the stream.
+    Row i of the stream is a function of (seed, i), and the stream begins where the trainer stands: worker count, rank
+    count and resume change nothing.
+
+    Batches of validation and test have the same keys, one row of the corpus a row, ``index`` being its place there, and
+    beside them, for generation and grading: ``prompt_ids`` int64 and ``prompt_mask`` bool ``(B, P)``, padded on the
+    left; ``final`` and ``answer``, lists of B texts (``final`` empty where the corpus has none); ``source``, its name;
+    ``end_id``. Every row of a test source whose prompt fits is there; one whose solution does not fit has no labels.
+
+    Rows whose question (but for white space and case) is in a validation or test set are never trained on. What became
+    of every row is said in one line a source. Tokens are kept by the content of the corpus and all settings that decide
+    them, and read from there without being loaded into memory.
+
+    Args:
+        train: Sources of training.
+        val: Sources of validation; None: ``num_val`` rows are held out of training.
+        test: Sources of the test, one set each; None: the validation sets.
+        tokenizer: How text becomes ids.
+        template: The prompt with ``{question}`` in it, which the solution follows directly; ``chat``: the tokenizer's
+            chat template.
+        solution: What is to be answered, of ``{answer}`` and ``{final}``.
+        system_prompt: For the chat template.
+        max_tokens: Most tokens of an example: prompt, solution, end mark.
+        overlong: Training and validation rows that are longer: ``drop``, ``truncate`` or ``error``.
+        bad_rows: Rows that are no text: ``error`` or ``skip`` (empty ones are always skipped, and counted).
+        batching: ``shuffled``: one example a row; ``bucketed``: the same, like lengths together; ``packed``: several
+            examples fill a row, each computed as if alone.
+        row_tokens: Positions of a packed row; None: ``max_tokens``.
+        batch_size: Rows of a training batch on each process.
+        eval_batch_size: Rows of a batch in validation and test.
+        num_val: Validation rows, at most that many of each source.
+        num_test: At most that many rows of each test source; None: all.
+        streaming: Whether training rows are read and encoded as they come, for corpora larger than the disk; a resumed
+            run reads again what it had read. Needs ``val``.
+        shuffle_buffer: In streaming, rows among which the next is drawn; None: 10,000.
+        max_positions: What the model can take, where that is more than ``max_tokens``; None: ``max_tokens``.
+        cache_dir: Where tokens are kept; None: ``looplm`` in the cache of ``datasets``.
+        seed: Seed of the training stream.
+
+    Raises:
+        ValueError: If a value is outside its range or has no effect.
+    """
+
+    def __init__(
+        self,
+        train: list[Source],
+        val: list[Source] | None = None,
+        test: list[Source] | None = None,
+        tokenizer: TextTokenizer = ByteTokenizer(),  # noqa: B008 - immutable
+        template: str = "Question: {question}\nSolution:\n",
+        solution: str = "{answer}",
+        system_prompt: str | None = None,
+        max_tokens: int = 512,
+        overlong: Overlong = "drop",
+        bad_rows: BadRows = "error",
+        batching: Batching = "bucketed",
+        row_tokens: int | None = None,
+        batch_size: int = 32,
+        eval_batch_size: int = 64,
+        num_val: int = 500,
+        num_test: int | None = None,
+        streaming: bool = False,
+        shuffle_buffer: int | None = None,
+        max_positions: int | None = None,
+        cache_dir: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.sources = {"train": list(train), "val": list(val or []), "test": list(test or [])}
+        for split, sources in self.sources.items():
+            names = [source.label for source in sources]
+            repeated = sorted({name for name in names if names.count(name) > 1})
+            if repeated and split != "train":
+                raise ValueError(f"`name` of each {split} source must be its own, got {repeated[0]!r} twice.")
+        if not train:
+            raise ValueError("`train` must hold a source at least, got [].")
+        self.text = SolutionText(template, solution, system_prompt)
+        for source in self.sources["train"] + self.sources["val"]:
+            if "final" in self.text.parts and source.final is None:
+                raise ValueError(f"`solution: {solution}` needs the column `final` of {source.path!r}, got None.")
+        self.policy = RowPolicy(max_tokens=max_tokens, overlong=overlong, bad_rows=bad_rows)
+        if batching not in ("shuffled", "bucketed", "packed"):
+            raise ValueError(f"`batching` must be one of ['shuffled', 'bucketed', 'packed'], got {batching!r}.")
+        if row_tokens is not None and batching != "packed":
+            raise ValueError(f"`row_tokens` has no effect without `batching: packed`, got {row_tokens}.")
+        if shuffle_buffer is not None and not streaming:
+            raise ValueError(f"`shuffle_buffer` has no effect without `streaming: true`, got {shuffle_buffer}.")
+        if streaming and not val:
+            raise ValueError("`streaming: true` needs `val`: rows cannot be held out of what is not read before.")
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("eval_batch_size", eval_batch_size, 1),
+            ("num_val", num_val, 1),
+            ("num_test", num_test, 1),
+            ("shuffle_buffer", shuffle_buffer, 0),
+            ("row_tokens", row_tokens, max_tokens),
+            ("max_positions", max_positions, max_tokens),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"`{name}` must be >= {least}, got {value}.")
+        self.batching, self.batch_size, self.eval_batch_size = batching, batch_size, eval_batch_size
+        self.row_tokens = max_tokens if row_tokens is None else row_tokens
+        self.num_val, self.num_test = num_val, num_test
+        self.streaming, self.shuffle_buffer = streaming, 10_000 if shuffle_buffer is None else shuffle_buffer
+        self.max_positions = max_tokens if max_positions is None else max_positions
+        self.seed = seed
+        self._given_cache_dir = cache_dir
+        self._given_tokenizer, self._ready_tokenizer = tokenizer, None if tokenizer.learns else tokenizer
+        self._made: dict[str, Any] = {}
+
+    # What everything else is made of; each is made when it is first asked for, since a model's shape may ask early.
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where tokens and tokenizers are kept."""
+        if self._given_cache_dir is not None:
+            return Path(self._given_cache_dir)
+        import datasets
+
+        return Path(datasets.config.HF_DATASETS_CACHE) / "looplm"
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The tokenizer; one that learns has learnt from the training sources.
+
+        Raises:
+            InputError: If they cannot be read.
+        """
+        if self._ready_tokenizer is None:
+            self._learn()
+            self._ready_tokenizer = self._given_tokenizer
+        return self._ready_tokenizer
+
+    @property
+    def encoder(self) -> RowEncoder:
+        """Encodes rows and prompts."""
+        if "encoder" not in self._made:
+            self._made["encoder"] = RowEncoder(self.text, self.tokenizer)
+        return self._made["encoder"]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self.tokenizer.vocab_size
+
+    @property
+    def end_id(self) -> int:
+        """Id that ends a solution."""
+        return self.encoder.prompts.end_id
+
+    def _learn(self) -> None:
+        """Let the tokenizer learn, or restore what it has learnt from the same corpus before."""
+        sources, tokenizer = self.sources["train"], self._given_tokenizer
+        rows = [self._load(source, streaming=self.streaming) for source in sources]
+        keys = [
+            [content_key(source, thorough=not self.streaming) or getattr(found, "_fingerprint", None) or source.revision]
+            + [source.path, source.split, source.columns]
+            for source, found in zip(sources, rows, strict=True)
+        ]
+        key = plain_hash(type(tokenizer).__name__, tokenizer.settings(), self.text.settings(), keys, _LEARN_ROWS)
+        path = self.cache_dir / "tokenizers" / f"{key}.json"
+        if not path.is_file():
+            pairs = zip(sources, rows, strict=True)
+            tokenizer.learn(text for source, found in pairs for text in _texts(source, found, self.text))
+            _write_once(path, tokenizer.files()["tokenizer.json"])
+        # Read back even by who wrote it: of several processes that learnt, all use what the first one wrote.
+        tokenizer.restore({"tokenizer.json": path.read_bytes()})
+
+    def _load(self, source: Source, streaming: bool = False) -> Any:
+        skip = self.policy.bad_rows == "skip"
+        return load_rows(source, self.cache_dir / "sources", skip_malformed=skip, streaming=streaming)
+
+    def _table(self, source: Source) -> TokenTable:
+        skip = self.policy.bad_rows == "skip"
+        return token_table(source, self.encoder, self.cache_dir, skip_malformed=skip)
+
+    def corpora(self, split: str) -> list[Corpus]:
+        """Return the corpora of ``train``, ``val`` or ``test``, tokenised.
+
+        Raises:
+            InputError: If one cannot be read or has no row that can be used.
+        """
+        if split not in self._made:
+            self._made.update(self._make_corpora(split))
+        return self._made[split]
+
+    def _make_corpora(self, split: str) -> dict[str, list[Corpus]]:
+        sources = self.sources[split]
+        if split == "test":
+            # A test set keeps every row: a solution that does not fit takes nothing away from the question.
+            policy = RowPolicy(max_tokens=self.policy.max_tokens, overlong="truncate", bad_rows=self.policy.bad_rows)
+            return {"test": [Corpus(source, self._table(source), policy) for source in sources]}
+        if split == "val" and not sources:
+            return {"val": self._train_and_val()[1]}
+        if split == "train":
+            return {"train": self._train_and_val()[0]}
+        return {split: [Corpus(source, self._table(source), self.policy) for source in sources]}
+
+    def _train_and_val(self) -> tuple[list[Corpus], list[Corpus]]:
+        """Return the corpora of training without what is held out, and of validation where that is taken from them."""
+        if "train_and_val" not in self._made:
+            train = [Corpus(source, self._table(source), self.policy) for source in self.sources["train"]]
+            kept_out = self._held_out_keys()
+            for corpus in train:
+                corpus.leave_out(kept_out, "in a held-out set")
+            val: list[Corpus] = []
+            if not self.sources["val"]:
+                keys = _least_hashed(np.concatenate([corpus.keys for corpus in train]), self.num_val)
+                for corpus in train:
+                    chosen = np.flatnonzero(np.isin(corpus.keys, keys))
+                    if len(chosen):
+                        val.append(Corpus(corpus.source, corpus.table, self.policy))
+                        _, first = np.unique(corpus.keys[chosen], return_index=True)
+                        val[-1].rows = corpus.rows[np.sort(chosen[first])]
+                        val[-1].lengths = corpus.lengths[np.sort(chosen[first])]
+                    corpus.leave_out(keys, "held out for validation")
+            self._made["train_and_val"] = train, val
+        return self._made["train_and_val"]
+
+    def _held_out_keys(self) -> np.ndarray:
+        """Return the keys of the questions of all validation and test sources."""
+        splits = [split for split in ("val", "test") if self.sources[split]]
+        keys = [self._table(source).key for split in splits for source in self.sources[split]]
+        return np.unique(np.concatenate(keys)) if keys else np.zeros(0, dtype=np.int64)
+
+    @property
+    def order(self) -> TrainingOrder:
+        """The order of training, where it is not streamed."""
+        if "order" not in self._made:
+            self._made["order"] = TrainingOrder(
+                self.corpora("train"), self.batching, self.batch_size, self.row_tokens, self.seed
+            )
+        return self._made["order"]
+
+    def training_batch(self, micro_batch: int, *, rank: int = 0, world_size: int = 1) -> dict[str, Tensor]:
+        """Return one batch of the training stream; shapes as in the class.
+
+        Args:
+            micro_batch: Number of batches before it.
+            rank: This process.
+            world_size: Number of processes; together they read the stream that one would.
+        """
+        indices = self.order.indices(micro_batch, rank, world_size)
+        return self._collate_rows([self.order.row(int(index)) for index in indices], indices)
+
+    def _collate_rows(self, rows: list[list[Example]], indices: np.ndarray) -> dict[str, Tensor]:
+        pad_id = self.tokenizer.pad_id
+        if self.batching == "packed":
+            batch = packed_batch(rows, self.row_tokens, pad_id)
+        else:
+            batch = padded_batch([example for (example,) in rows], pad_id)
+        return {**batch, "index": torch.from_numpy(np.ascontiguousarray(indices))}
+
+    def prepare_data(self) -> None:
+        """Fetch and tokenise what is not yet kept, once a node."""
+        for split, sources in self.sources.items():
+            if not (split == "train" and self.streaming):
+                for source in sources:
+                    self._table(source)
+
+    def setup(self, stage: str) -> None:
+        """Make what the stage needs and say what became of the rows.
+
+        Raises:
+            InputError: If a source cannot be read, or a row is refused.
+        """
+        splits = {"fit": ["train", "val"], "validate": ["val"]}.get(stage, ["test" if self.sources["test"] else "val"])
+        for split in splits:
+            if split == "train" and self.streaming:
+                continue
+            for corpus in self.corpora(split):
+                rank_zero_info(f"{split} {corpus.report()}")
+        if stage == "fit" and not self.streaming:
+            rank_zero_info(f"an epoch has {self.order.rows_per_epoch} rows ({self.batching})")
+            self._check_prompts()
+
+    def _check_prompts(self) -> None:
+        """Warn where a prompt is cut otherwise in front of its solution than alone, as generation reads it."""
+        for source in self.sources["train"]:
+            rows = check_rows(source, self._load(source)[:_CHECKED_PROMPTS])
+            changed = prompts_that_change(self.encoder, rows)
+            if changed:
+                rank_zero_warn(
+                    f"{source.label}: of the first {len(rows.fault)} prompts {changed} have other tokens in front of "
+                    "their solution than alone, as generation reads them: let `template` end where a token ends, for "
+                    "example with a line break."
+                )
+
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Return the endless training stream, from where the trainer stands."""
+        trainer = self.trainer
+        rank, world_size = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+        position = partial(trained_batches, trainer)
+        if self.streaming:
+            return DataLoader(_StreamedBatches(self, position, rank, world_size), batch_size=None)
+        make_batch = partial(self.training_batch, rank=rank, world_size=world_size)
+        return DataLoader(TrainingStream(make_batch, position), batch_size=None)
+
+    def streamed_batches(self, start: int, rank: int = 0, world_size: int = 1) -> Iterator[dict[str, Tensor]]:
+        """Yield the batches of a streamed corpus from number ``start`` on; ``index`` numbers their rows.
+
+        Raises:
+            InputError: If a source cannot be read, or a row is refused.
+        """
+        order = StreamedOrder(
+            self.sources["train"],
+            self.encoder,
+            self.policy,
+            self.cache_dir,
+            held_out=self._held_out_keys(),
+            batching=self.batching,
+            batch_size=self.batch_size,
+            row_tokens=self.row_tokens,
+            shuffle_buffer=self.shuffle_buffer,
+            seed=self.seed,
+        )
+        for number, rows in enumerate(order.batches(start, rank, world_size), start=start):
+            first = number * self.batch_size * world_size + rank
+            indices = first + world_size * np.arange(self.batch_size)
+            yield self._collate_rows(rows, indices)
+
+    def val_dataloader(self) -> list[DataLoader[dict[str, Any]]]:
+        """Return the validation sets, one a source."""
+        return self._loaders("val", self.num_val if self.sources["val"] else None)
+
+    def test_dataloader(self) -> list[DataLoader[dict[str, Any]]]:
+        """Return the test sets, one a source; the validation sets where there are none."""
+        return self._loaders("test", self.num_test) if self.sources["test"] else self.val_dataloader()
+
+    def _loaders(self, split: str, limit: int | None) -> list[DataLoader[dict[str, Any]]]:
+        corpora = self.corpora(split)
+        return [
+            DataLoader(
+                EvaluationRows(corpus, self._load(corpus.source), self.encoder, limit),
+                batch_size=self.eval_batch_size,
+                collate_fn=partial(
+                    _collate_evaluation,
+                    pad_id=self.tokenizer.pad_id,
+                    extra={
+                        "source": corpus.source.label,
+                        "end_id": self.end_id,
+                        **({"split": corpus.source.label} if len(corpora) > 1 else {}),
+                    },
+                ),
+            )
+            for corpus in corpora
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps: the tokenizer's files, as tensors of bytes, and what decides the stream."""
+        files = {name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in self._files().items()}
+        return {"tokenizer_files": files, "stream": self._stream_key()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compare with a checkpoint's.
+
+        Raises:
+            InputError: If its tokenizer is another: the ids would mean something else.
+        """
+        saved = {name: bytes(data.numpy().tobytes()) for name, data in state_dict["tokenizer_files"].items()}
+        if saved.get("tokenizer.json") != self._files().get("tokenizer.json"):
+            raise InputError(
+                "the checkpoint was trained with another tokenizer than `data.tokenizer` is, or than it learns from "
+                "these training sources."
+            )
+        trainer = self.trainer
+        if trainer is not None and trainer.training and state_dict["stream"] != self._stream_key():
+            rank_zero_warn("the training data or their order differ from the checkpoint's: the resume is not exact.")
+
+    def _files(self) -> dict[str, bytes]:
+        if "files" not in self._made:
+            self._made["files"] = {name: data for name, data in self.tokenizer.files().items() if data}
+        return self._made["files"]
+
+    def _stream_key(self) -> str:
+        """Return a hash of what decides the training stream."""
+        if "stream_key" not in self._made:
+            sources = [
+                [content_key(s, thorough=not self.streaming), s.path, s.split, s.columns, s.weight, s.revision]
+                for s in self.sources["train"]
+            ]
+            held_out = [int(key) for key in self._held_out_keys()] if not self.streaming else []
+            policy = [self.policy.max_tokens, self.policy.overlong, self.policy.bad_rows, self.num_val]
+            order = [self.batching, self.row_tokens, self.batch_size, self.shuffle_buffer, self.seed]
+            self._made["stream_key"] = plain_hash(sources, held_out, policy, order, self.encoder.settings())
+        return self._made["stream_key"]
+
+
+class _StreamedBatches(IterableDataset[dict[str, Tensor]]):
+    def __init__(self, data: MathDataModule, position: Any, rank: int, world_size: int) -> None:
+        self.data, self.position, self.rank, self.world_size = data, position, rank, world_size
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return self.data.streamed_batches(self.position(), self.rank, self.world_size)
+
+
+class EvaluationRows(Dataset[dict[str, Any]]):
+    """The rows of a corpus with all that evaluation needs of them.
+
+    Args:
+        corpus: The rows.
+        texts: The source's columns.
+        encoder: Encodes prompts.
+        limit: At most that many rows; None: all.
+    """
+
+    def __init__(self, corpus: Corpus, texts: Any, encoder: RowEncoder, limit: int | None = None) -> None:
+        self.corpus, self.encoder = corpus, encoder
+        self.number = len(corpus) if limit is None else min(limit, len(corpus))
+        self._texts = texts.select_columns(corpus.source.needed)
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, item: int) -> dict[str, Any]:
+        return self.__getitems__([item])[0]
+
+    def __getitems__(self, items: list[int]) -> list[dict[str, Any]]:
+        """Return several rows, which is faster than one by one."""
+        places = [int(self.corpus.rows[item]) for item in items]
+        texts: Rows = check_rows(self.corpus.source, self._texts[places])
+        prompts = self.encoder.encode_prompts(texts.question)
+        return [
+            {
+                "example": self._example(item),
+                "prompt": prompts[number],
+                "final": texts.final[number],
+                "answer": texts.answer[number],
+                "index": places[number],
+            }
+            for number, item in enumerate(items)
+        ]
+
+    def _example(self, item: int) -> Example:
+        example, row = self.corpus.example(item), int(self.corpus.rows[item])
+        if len(example.ids) < self.corpus.table.lengths[row] and self.corpus.policy.overlong == "truncate":
+            # "All tokens right" of a part would say nothing of the whole.
+            return Example(example.ids, len(example.ids))
+        return example
+
+
+def _collate_evaluation(rows: list[dict[str, Any]], pad_id: int, extra: dict[str, Any]) -> dict[str, Any]:
+    prompt_ids, prompt_mask = padded_prompts([row["prompt"] for row in rows], pad_id)
+    return {
+        **padded_batch([row["example"] for row in rows], pad_id),
+        "index": torch.tensor([row["index"] for row in rows]),
+        "prompt_ids": prompt_ids,
+        "prompt_mask": prompt_mask,
+        "final": [row["final"] for row in rows],
+        "answer": [row["answer"] for row in rows],
+        **extra,
+    }
+
+
+def _texts(source: Source, rows: Any, text: SolutionText) -> Iterator[str]:
+    """Yield prompt and solution of the first rows, what a tokenizer learns from."""
+    for batch in islice(rows.select_columns(source.needed).iter(batch_size=1000), _LEARN_ROWS // 1000):
+        checked = check_rows(source, batch)
+        good = np.flatnonzero(checked.fault == Fault.NONE)
+        yield from text.plain_prompts([checked.question[row] for row in good])
+        yield from text.solutions([checked.answer[row] for row in good], [checked.final[row] for row in good])
+
+
+def _least_hashed(keys: np.ndarray, number: int) -> np.ndarray:
+    """Return that many of the keys, those with the least hashes: a draw that other rows in the corpus do not change."""
+    keys = np.unique(keys)
+    return keys[np.argsort(hash_uint64(fold(_HELD_OUT_SEED, "val"), keys), kind="stable")[:number]]
+
+
+def _write_once(path: Path, content: bytes) -> None:
+    """Write a file whole, unless another process has."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, draft = tempfile.mkstemp(dir=path.parent, suffix=".draft")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        if not path.is_file():
+            os.replace(draft, path)
+    finally:
+        Path(draft).unlink(missing_ok=True)

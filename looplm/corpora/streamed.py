@@ -1,0 +1,159 @@
+"""Training on corpora that are larger than the disk: rows are read, checked, encoded and batched as they come.
+
+Knows no trainer. What is random access elsewhere is an iterator here: batch n is reached by reading what is before it,
+so a resumed run reads the same batches, after the time that takes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
+
+from looplm.corpora.batches import Example
+from looplm.corpora.corpus import RowPolicy, describe_fault, report
+from looplm.corpora.interleave import Interleave, shuffled
+from looplm.corpora.packing import best_fit
+from looplm.corpora.rows import Fault, check_rows, question_key
+from looplm.corpora.sources import Source, load_rows
+from looplm.corpora.token_table import RowEncoder
+from looplm.corpora.training_order import BUCKET, Batching, bucketed
+from looplm.errors import InputError
+from looplm.randomness import fold
+
+__all__ = ["StreamedOrder"]
+
+_READ = 256  # rows encoded together
+_PACKED_WINDOW = 64  # rows that are packed together
+
+
+class StreamedOrder:
+    """Batches of examples, read from the beginning.
+
+    Args:
+        sources: The sources.
+        encoder: Encodes rows.
+        policy: What happens to rows that cannot be used.
+        cache_dir: Where ``datasets`` keeps what it must.
+        held_out: Keys of questions that are not trained on, int64.
+        batching: See :class:`~looplm.corpora.training_order.TrainingOrder`.
+        batch_size: Rows of a batch on each process.
+        row_tokens: Positions of a packed row.
+        shuffle_buffer: Rows among which the next one is drawn; 0: the order of the source.
+        seed: Of all orders.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        encoder: RowEncoder,
+        policy: RowPolicy,
+        cache_dir: Path,
+        *,
+        held_out: np.ndarray,
+        batching: Batching,
+        batch_size: int,
+        row_tokens: int,
+        shuffle_buffer: int,
+        seed: int,
+    ) -> None:
+        self.sources, self.encoder, self.policy, self.cache_dir = list(sources), encoder, policy, cache_dir
+        self.held_out = set(held_out.tolist())
+        self.batching, self.batch_size, self.row_tokens = batching, batch_size, row_tokens
+        self.shuffle_buffer, self.seed = shuffle_buffer, seed
+        self._mix = Interleave([1] * len(self.sources), [source.weight for source in self.sources], seed)
+
+    def batches(self, start: int, rank: int = 0, world_size: int = 1) -> Iterator[list[list[Example]]]:
+        """Yield the rows of each batch from number ``start`` on; ranks share what one would read."""
+        whole = self.batch_size * world_size
+        for number, batch in enumerate(self._whole_batches(whole)):
+            if number >= start:
+                yield batch[rank::world_size]
+
+    def _whole_batches(self, size: int) -> Iterator[list[list[Example]]]:
+        examples = self._mixed()
+        if self.batching == "packed":
+            rows = self._packed(examples)
+            while True:
+                yield [next(rows) for _ in range(size)]
+        block = 0
+        while True:
+            if self.batching == "shuffled":
+                yield [[next(examples)] for _ in range(size)]
+                continue
+            window = [next(examples) for _ in range(BUCKET * size)]
+            lengths = np.array([len(example.ids) for example in window])
+            for batch in bucketed(lengths, size, self.seed, block):
+                yield [[window[item]] for item in batch]
+            block += 1
+
+    def _packed(self, examples: Iterator[Example]) -> Iterator[list[Example]]:
+        block = 0
+        while True:
+            window, tokens = [], 0
+            while tokens < _PACKED_WINDOW * self.row_tokens:
+                window.append(next(examples))
+                tokens += len(window[-1].ids) - 1
+            window.sort(key=lambda example: -len(example.ids))
+            rows = best_fit(np.array([len(example.ids) - 1 for example in window]), self.row_tokens)
+            for row in shuffled(len(rows), self.seed, "packed_window", block):
+                yield [window[item] for item in rows[row]]
+            block += 1
+
+    def _mixed(self) -> Iterator[Example]:
+        endless = [self._endless(number) for number in range(len(self.sources))]
+        index = 0
+        while True:
+            yield next(endless[self._mix.source(index)])
+            index += 1
+
+    def _endless(self, number: int) -> Iterator[Example]:
+        source, epoch = self.sources[number], 0
+        while True:
+            counts: Counter[str] = Counter()
+            yield from self._once(source, number, epoch, counts)
+            if epoch == 0:
+                rank_zero_info(report(source.label, counts))
+            if not counts["kept"] + counts["cut"]:
+                raise InputError(f"no row can be used: {report(source.label, counts)}.")
+            epoch += 1
+
+    def _once(self, source: Source, number: int, epoch: int, counts: Counter[str]) -> Iterator[Example]:
+        rows: Any = load_rows(source, self.cache_dir / "sources", streaming=True)
+        if self.shuffle_buffer:
+            seed = fold(self.seed, "stream", number, epoch) % 2**32
+            rows = rows.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
+        first = 0
+        for batch in _batches_read(source, rows):
+            checked = check_rows(source, {name: batch[name] for name in source.needed})
+            encoded = self.encoder(checked)
+            for row, ids in enumerate(encoded.ids):
+                fault, length, num_prompt = int(checked.fault[row]), len(ids), int(encoded.num_prompt[row])
+                if fault not in (Fault.NONE, Fault.EMPTY) and self.policy.bad_rows == "error":
+                    raise InputError(describe_fault(source, first + row, fault, int(checked.part[row])))
+                verdict = self.policy.verdict(fault, length, num_prompt)
+                if verdict.startswith("longer") and self.policy.overlong == "error":
+                    raise InputError(
+                        f"{source.path}, row {first + row + 1}: {length} tokens are more than `max_tokens` "
+                        f"{self.policy.max_tokens}; `overlong` may be drop or truncate."
+                    )
+                if verdict in ("kept", "cut") and question_key(checked.question[row]) in self.held_out:
+                    verdict = "held out"
+                counts[verdict] += 1
+                if verdict in ("kept", "cut"):
+                    yield Example(ids[: self.policy.max_tokens], num_prompt)
+            first += len(encoded.ids)
+
+
+def _batches_read(source: Source, rows: Any) -> Iterator[Any]:
+    try:
+        yield from rows.iter(batch_size=_READ)
+    except InputError:
+        raise
+    except Exception as error:
+        lines = str(error).splitlines() or [""]
+        raise InputError(f"{source.path} cannot be read on: {type(error).__name__} {lines[0][:300]}") from None
