@@ -25,6 +25,7 @@ _HOME = {
     "GateExit": "looplm.exits",
     "Generation": "looplm.generation",
     "GenerationOptions": "looplm.generation",
+    "GradedAnswers": "looplm.callbacks.graded_answers",
     "JacobianPenalty": "looplm.stability.penalty",
     "KLExit": "looplm.exits",
     "LastStepPenalty": "looplm.stability.penalty",
@@ -63,6 +64,7 @@ __all__ = sorted(_HOME)
 if TYPE_CHECKING:
     from looplm.cache import LoopKVCache
     from looplm.callbacks.depth_accuracy import DepthAccuracyCurve
+    from looplm.callbacks.graded_answers import GradedAnswers
     from looplm.callbacks.latent_dynamics import LatentDynamicsMonitor
     from looplm.callbacks.stability_warning import StabilityWarning
     from looplm.checkpoints import from_pretrained, save_pretrained

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = [
     "COLOURS",
     "accuracy_and_stability",
+    "accuracy_bands",
     "blank",
     "canvas",
     "depth_axis",
@@ -101,6 +102,38 @@ def depth_curves(
     depth_axis(axes, [depth for depths, _ in curves.values() for depth in depths])
     axes.set_ylim(-3, 103)
     axes.set_ylabel(ylabel)
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best", framealpha=0.9)
+    return figure
+
+
+def accuracy_bands(
+    curves: Mapping[str, tuple[Sequence[int], Sequence[float], Sequence[float], Sequence[float]]],
+    *,
+    confidence: float,
+    title: str = "Graded answers by depth",
+) -> Figure:
+    """Draw accuracy by depth with its interval, one curve a set of problems.
+
+    Args:
+        curves: For each name depths, accuracies and the ends of their intervals, in [0, 1].
+        confidence: Of the intervals, for the label.
+        title: Above the figure.
+
+    Returns:
+        The figure, 8 × 4.5 inches.
+    """
+    figure, axes = canvas()
+    for index, (name, (depths, accuracy, low, high)) in enumerate(curves.items()):
+        style = line_style(index, len(curves))
+        axes.plot(depths, [100 * value for value in accuracy], label=name, **style)
+        ends = [[100 * value for value in end] for end in (low, high)]
+        label = f"bootstrap interval, {confidence:.0%}" if index == 0 else None
+        axes.fill_between(depths, *ends, color=style["color"], alpha=0.2, linewidth=0, label=label)
+    depth_axis(axes, [depth for depths, *_ in curves.values() for depth in depths])
+    axes.set_ylim(-3, 103)
+    axes.set_ylabel("accuracy (%)")
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend(loc="best", framealpha=0.9)

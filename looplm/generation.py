@@ -238,8 +238,11 @@ def generate_at_depths(
     end_id: int,
     attention_mask: Tensor | None = None,
     stop: Sequence[Sequence[int]] = (),
+    temperature: float = 0.0,
+    seed: int = 0,
+    row_keys: Tensor | None = None,
 ) -> Tensor:
-    """Continue a batch of prompts greedily at K depths, which share one pass over the prompt.
+    """Continue a batch of prompts at K depths, which share one pass over the prompt.
 
     With a cache the prompt is run once, to the greatest depth; what loop t leaves in it does not depend on how many
     loops follow. Then all K · B rows are decoded as one batch, each to its own depth.
@@ -252,6 +255,9 @@ def generate_at_depths(
         end_id: Id that ends a continuation; −1: none does.
         attention_mask: Non-zero at real positions; None: no padding.
         stop: Sequences of ids that end a continuation.
+        temperature: 0: greedy; see :class:`~looplm.sampling.Sampling`. Draws are the same at all depths.
+        seed: Seed of the draws.
+        row_keys: Names each row in the draws, int64 ``(B,)``; None: its place in the batch.
 
     Returns:
         int64 ``(K, B, N)``; after its end a row holds ``end_id``.
@@ -261,14 +267,20 @@ def generate_at_depths(
     """
     depths = check_depths("depths", depths)
     options = GenerationOptions(
-        num_loops=depths[-1], max_new_tokens=max_new_tokens, end_id=end_id, stop=stop, cache="auto"
+        num_loops=depths[-1],
+        max_new_tokens=max_new_tokens,
+        end_id=end_id,
+        stop=stop,
+        temperature=temperature,
+        seed=seed,
     )
     _check_padding(tokens, attention_mask)
     rows = _rows(model, tokens, attention_mask, options)
     limits = torch.tensor(depths, device=tokens.device).repeat_interleave(len(tokens))
     with torch.no_grad():
         logits = rows.first_at(depths)
-    steps = list(_continue(rows, logits, limits, limits, options))
+    keys = torch.arange(len(tokens)) if row_keys is None else row_keys.cpu()
+    steps = list(_continue(rows, logits, limits, limits, options, keys.repeat(len(depths))))
     return torch.stack([step.tokens for step in steps], dim=1).view(len(depths), len(tokens), -1)
 
 
@@ -291,14 +303,20 @@ def _check_padding(tokens: Tensor, attention_mask: Tensor | None) -> None:
 
 @torch.no_grad()
 def _continue(
-    rows: Rows, logits: Tensor, loops: Tensor, limits: Tensor, options: GenerationOptions
+    rows: Rows,
+    logits: Tensor,
+    loops: Tensor,
+    limits: Tensor,
+    options: GenerationOptions,
+    row_keys: Tensor | None = None,
 ) -> Iterator[TokenStep]:
     """Yield tokens, from the logits that choose the first ones on; rows that have ended are no longer computed."""
     sample, num_rows, device = options.sampling(), len(logits), logits.device
     live = torch.arange(num_rows, device=device)
+    keys = torch.arange(num_rows) if row_keys is None else row_keys
     written = torch.empty(num_rows, 0, dtype=torch.long, device=device)
     for place in range(options.max_new_tokens):
-        chosen = sample(logits, live, place)
+        chosen = sample(logits, keys[live.cpu()], place)
         written = torch.cat([written, chosen[:, None]], dim=1)
         ended = chosen == options.end_id
         for sequence in options.stop:

@@ -19,7 +19,7 @@ from looplm.checkpoints import load_model, pack_origin
 from looplm.config import LoopedConfig
 from looplm.depth import LogNormalDepth
 from looplm.errors import InputError
-from looplm.generation import generate, predictions_at_depths
+from looplm.generation import generate, generate_at_depths, predictions_at_depths
 from looplm.loop import Hidden, LoopState, check_depths
 from looplm.model import LoopedTransformer
 from looplm.objective import STARSObjective
@@ -87,7 +87,9 @@ class LoopLM(L.LightningModule):
         val_depths: Depths of the curve during training.
         test_depths: Depths of the curve in ``test``.
         predict_depth: Depth at which ``predict`` answers.
-        max_new_tokens: Longest answer in ``predict``.
+        max_new_tokens: Longest answer in ``predict``, and in the ``test`` of a DataModule that asks for answers.
+        num_samples: Answers to each problem in such a test, for votes and pass@k.
+        temperature: Of the draws of these answers; 0: greedy.
         seed: Seed of every draw of a training step.
         init_from: Start from these weights: a checkpoint file, a Hugging Face directory or a hub id (Ouro, Huginn, our
             own). The architecture is theirs, see :meth:`~looplm.config.LoopedConfig.for_weights`; trained in float32
@@ -108,6 +110,8 @@ class LoopLM(L.LightningModule):
         test_depths: list[int] = [0, 1, 2, 4, 8, 16, 32, 64, 100],  # noqa: B006 - read only
         predict_depth: int = 8,
         max_new_tokens: int = 32,
+        num_samples: int = 1,
+        temperature: float = 0.0,
         seed: int = 0,
         init_from: str | None = None,
     ) -> None:
@@ -116,6 +120,10 @@ class LoopLM(L.LightningModule):
             raise ValueError(
                 f"`predict_depth` must be >= 0 and `max_new_tokens` >= 1, got {predict_depth} and {max_new_tokens}."
             )
+        if num_samples < 1 or not temperature >= 0:
+            raise ValueError(f"`num_samples` must be >= 1 and `temperature` >= 0, got {num_samples} and {temperature}.")
+        if num_samples > 1 and temperature == 0:
+            raise ValueError(f"`num_samples` has no effect with `temperature: 0`, which is greedy, got {num_samples}.")
         config = LoopedConfig.from_dict(config) if isinstance(config, Mapping) else config
         if init_from is None:
             # The initial weights depend on the seed alone, not on what drew from the global state before.
@@ -132,6 +140,8 @@ class LoopLM(L.LightningModule):
         self.test_depths = check_depths("test_depths", test_depths)
         self.predict_depth = predict_depth
         self.max_new_tokens = max_new_tokens
+        self.num_samples = num_samples
+        self.temperature = temperature
         self.seed = seed
 
     def embed(
@@ -201,8 +211,48 @@ class LoopLM(L.LightningModule):
         return self._evaluate(batch, self.val_depths)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Return the predictions at ``test_depths``."""
-        return self._evaluate(batch, self.test_depths)
+        """Return the predictions at ``test_depths``, and the answers where the batch has prompts.
+
+        ``answers`` int64 ``(K, R, S, N)`` are those to the R ``wanted`` rows of the batch, ``answer_rows`` which they
+        are; see :class:`~looplm.callbacks.graded_answers.GradedAnswers`.
+        """
+        outputs = self._evaluate(batch, self.test_depths)
+        return {**outputs, **self._answer(batch)} if "prompt_ids" in batch else outputs
+
+    @property
+    def answer_settings(self) -> dict[str, Any]:
+        """What decides the answers of a test beside the weights and the problem."""
+        return {
+            "depths": self.test_depths,
+            "max_new_tokens": self.max_new_tokens,
+            "num_samples": self.num_samples,
+            "temperature": self.temperature,
+            "seed": self.seed,
+        }
+
+    def _answer(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        wanted = batch.get("wanted")
+        rows = torch.arange(len(batch["prompt_ids"])) if wanted is None else wanted.nonzero().squeeze(1).cpu()
+        if not len(rows):
+            return {"answers": torch.zeros(len(self.test_depths), 0, self.num_samples, 0).long(), "answer_rows": rows}
+        prompts, mask = (batch[name][rows] for name in ("prompt_ids", "prompt_mask"))
+        longest = int(mask.sum(1).max())  # rows that are left may be shorter than the batch's longest
+        prompts, mask = (part[:, -longest:].repeat_interleave(self.num_samples, 0) for part in (prompts, mask))
+        # A draw is named by the problem and the sample: the batch around it changes nothing.
+        keys = batch["index"][rows].cpu().repeat_interleave(self.num_samples) * self.num_samples
+        keys = keys + torch.arange(self.num_samples).repeat(len(rows))
+        answers = generate_at_depths(
+            self.model,
+            prompts,
+            depths=self.test_depths,
+            max_new_tokens=max(min(self.max_new_tokens, self.model.config.max_positions - longest), 1),
+            end_id=batch["end_id"],
+            attention_mask=mask,
+            temperature=self.temperature,
+            seed=self.seed,
+            row_keys=keys,
+        )
+        return {"answers": answers.unflatten(1, (len(rows), self.num_samples)), "answer_rows": rows}
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Return greedy continuations at ``predict_depth``, int64 ``(B, N)``."""

@@ -56,7 +56,7 @@ class Sampling:
 
         Args:
             logits: ``(R, V)``.
-            rows: Each row's index in the whole batch, ``(R,)``.
+            rows: What names each row, for example its index in the whole batch, int64 ``(R,)``.
             place: How many tokens have been generated before.
 
         Returns:

@@ -200,7 +200,11 @@ class MathDataModule(L.LightningDataModule):
         sources, tokenizer = self.sources["train"], self._given_tokenizer
         rows = [self._load(source, streaming=self.streaming) for source in sources]
         keys = [
-            [content_key(source, thorough=not self.streaming) or getattr(found, "_fingerprint", None) or source.revision]
+            [
+                content_key(source, thorough=not self.streaming)
+                or getattr(found, "_fingerprint", None)
+                or source.revision
+            ]
             + [source.path, source.split, source.columns]
             for source, found in zip(sources, rows, strict=True)
         ]

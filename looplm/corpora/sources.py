@@ -197,7 +197,9 @@ def _saved(source: Source, saved: Any, streaming: bool) -> Any:
 def _format(path: Path) -> str:
     kind = _FORMATS.get(path.name.lower().removesuffix(".gz").rsplit(".", 1)[-1])
     if kind is None or (path.name.endswith(".gz") and kind not in ("json", "csv")):
-        raise InputError(f"a source's file must end in one of {sorted(_FORMATS)} (texts also in .gz), got {str(path)!r}.")
+        raise InputError(
+            f"a source's file must end in one of {sorted(_FORMATS)} (texts also in .gz), got {str(path)!r}."
+        )
     return kind
 
 
