@@ -23,6 +23,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 # The classes are imported so that configs can name them without their path.
 import looplm
+from looplm.callbacks import graded_answers, latent_dynamics, stability_warning  # noqa: F401
 from looplm.callbacks.depth_accuracy import DepthAccuracyCurve
 from looplm.commands.messages import condense
 from looplm.corpora import bpe, mathematics, pretrained_tokenizer, text_tokenizer  # noqa: F401

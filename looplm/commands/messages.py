@@ -28,7 +28,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
         >>> nearest("widht", ["depth", "width"])
         '; did you mean width?'
     """
-    found = difflib.get_close_matches(word, sorted(set(known)), n=1, cutoff=0.6)
+    found = difflib.get_close_matches(word, sorted(set(known) - {word}), n=1, cutoff=0.6)
     return f"; did you mean {found[0]}?" if found else ""
 
 

@@ -86,9 +86,10 @@ def _test(path: Path, *options: str) -> int:
     return main(["test", "--config", str(path), *options])
 
 
-def test_every_problem_is_answered_at_every_depth_and_graded(config: Path, tmp_path: Path, capfd) -> None:
+def test_every_problem_is_answered_at_every_depth_and_graded(config: Path, tmp_path: Path, caplog) -> None:
     root = tmp_path / "run"
-    assert _test(config) == 0
+    with caplog.at_level("INFO"):
+        assert _test(config) == 0
     rows = _answers(root)
     keys = [(row["source"], row["index"], row["depth"], row["sample"]) for row in rows]
     assert keys == sorted({(s, i, d, 0) for s, n in (("near", 7), ("far", 5)) for i in range(n) for d in (1, 3)})
@@ -104,7 +105,7 @@ def test_every_problem_is_answered_at_every_depth_and_graded(config: Path, tmp_p
         assert float(line["accuracy"]) == pytest.approx(np.mean([r["verdict"] == "right" for r in own]))
         assert float(line["unparsable"]) == pytest.approx(np.mean([r["verdict"] == "unparsable" for r in own]))
     assert (root / "test_graded.png").read_bytes().startswith(b"\x89PNG")
-    assert "near, 7 problems" in capfd.readouterr().err
+    assert any("near, 7 problems" in message for message in caplog.messages)
 
 
 def test_answers_do_not_depend_on_the_batches(config: Path, tmp_path: Path) -> None:
