@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from looplm.corpora.batches import Example, packed_batch, padded_batch, padded_prompts
 from looplm.corpora.corpus import BadRows, Corpus, Overlong, RowPolicy
 from looplm.corpora.rows import Fault, Rows, check_rows
-from looplm.corpora.sources import Source, content_key, load_rows
+from looplm.corpora.sources import Source, content_key, load_rows, read_batches
 from looplm.corpora.stream import TrainingStream, trained_batches
 from looplm.corpora.streamed import StreamedOrder
 from looplm.corpora.templates import SolutionText
@@ -254,12 +254,9 @@ class MathDataModule(L.LightningDataModule):
             if not self.sources["val"]:
                 keys = _least_hashed(np.concatenate([corpus.keys for corpus in train]), self.num_val)
                 for corpus in train:
-                    chosen = np.flatnonzero(np.isin(corpus.keys, keys))
-                    if len(chosen):
-                        val.append(Corpus(corpus.source, corpus.table, self.policy))
-                        _, first = np.unique(corpus.keys[chosen], return_index=True)
-                        val[-1].rows = corpus.rows[np.sort(chosen[first])]
-                        val[-1].lengths = corpus.lengths[np.sort(chosen[first])]
+                    part = corpus.held_out(keys)
+                    if part is not None:
+                        val.append(part)
                     corpus.leave_out(keys, "held out for validation")
             self._made["train_and_val"] = train, val
         return self._made["train_and_val"]
@@ -501,7 +498,7 @@ def _collate_evaluation(rows: list[dict[str, Any]], pad_id: int, extra: dict[str
 
 def _texts(source: Source, rows: Any, text: SolutionText) -> Iterator[str]:
     """Yield prompt and solution of the first rows, what a tokenizer learns from."""
-    for batch in islice(rows.select_columns(source.needed).iter(batch_size=1000), _LEARN_ROWS // 1000):
+    for batch in islice(read_batches(source, rows, 1000), _LEARN_ROWS // 1000):
         checked = check_rows(source, batch)
         good = np.flatnonzero(checked.fault == Fault.NONE)
         yield from text.plain_prompts([checked.question[row] for row in good])
