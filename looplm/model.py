@@ -115,7 +115,9 @@ class LoopedTransformer(nn.Module):
             mask, position_ids = _mask_and_positions_of_documents(documents)
             longest = int(position_ids.max()) + 1
         if longest > self.config.max_positions:
-            raise ValueError(f"a sequence may have {self.config.max_positions} tokens (`max_positions`), got {longest}.")
+            raise ValueError(
+                f"a sequence may have {self.config.max_positions} tokens (`max_positions`), got {longest}."
+            )
         context: dict[str, Any] = {"attention_mask": real, "mask": mask, "rotary": None}
         hidden = self.token_embedding(inputs)
         if self.position_embedding is not None:

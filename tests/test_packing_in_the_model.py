@@ -25,7 +25,13 @@ KINDS = {
 def _model(kind: str, max_positions: int = 12) -> LoopedTransformer:
     torch.manual_seed(3)
     config = LoopedConfig(
-        vocab_size=13, max_positions=max_positions, width=16, num_heads=2, ffn_width=32, init_std=0.3, dropout=0.0,
+        vocab_size=13,
+        max_positions=max_positions,
+        width=16,
+        num_heads=2,
+        ffn_width=32,
+        init_std=0.3,
+        dropout=0.0,
         **KINDS[kind],
     )
     return LoopedTransformer(config).eval()
@@ -86,7 +92,7 @@ def test_packed_row_may_be_longer_than_the_model_takes_but_a_document_may_not() 
     tokens = torch.zeros(1, 7, dtype=torch.long)
     assert model(tokens, 1, torch.tensor([[1, 1, 1, 1, 2, 2, 2]])).shape == (1, 7, 13)
     assert model(tokens, 1, torch.tensor([[1, 2, 0, 0, 0, 0, 0]])).shape == (1, 7, 13)
-    with pytest.raises(ValueError, match="may have 4 tokens .* got 5"):
+    with pytest.raises(ValueError, match=r"may have 4 tokens .* got 5"):
         model(tokens, 1, torch.tensor([[1, 1, 1, 1, 1, 2, 2]]))
 
 
@@ -98,12 +104,15 @@ def test_packed_rows_and_a_cache_exclude_each_other() -> None:
 
 def test_objective_with_its_penalty_takes_packed_rows() -> None:
     model = _model("rotary")
-    objective = STARSObjective(depth_sampler=UniformDepth(1, 4), penalty=JacobianPenalty(fraction=0.5), penalty_weight=0.1)
+    objective = STARSObjective(
+        depth_sampler=UniformDepth(1, 4), penalty=JacobianPenalty(fraction=0.5), penalty_weight=0.1
+    )
     numbers = torch.tensor([[1, 1, 2, 2, 2, 0], [1, 1, 1, 2, 3, 3]])
     batch = {"input_ids": torch.ones_like(numbers), "labels": torch.ones_like(numbers), "attention_mask": numbers}
     out = objective(model, batch, StepKey(seed=0, micro_batch=0))
     assert bool(out.loss.isfinite())
-    assert out.penalty is not None and float(out.penalty) > 0
+    assert out.penalty is not None
+    assert float(out.penalty) > 0
 
 
 def test_exact_match_counts_documents() -> None:

@@ -129,8 +129,8 @@ class Corpus:
             self.counts["cut"] = int(cut.sum())
         for fault, why in _FAULTS.items():
             self.counts[why] = int((table.fault == fault).sum())
-        for row in np.flatnonzero(too_long & ~usable):
-            why = policy.verdict(0, int(table.lengths[row]), int(table.num_prompt[row]))
+        for left_out in np.flatnonzero(too_long & ~usable).tolist():
+            why = policy.verdict(0, int(table.lengths[left_out]), int(table.num_prompt[left_out]))
             self.counts[why] = self.counts.get(why, 0) + 1
         self._keep(np.flatnonzero(usable))
 

@@ -62,7 +62,7 @@ class MathDataModule(L.LightningDataModule):
         train: Sources of training.
         val: Sources of validation; None: ``num_val`` rows are held out of training.
         test: Sources of the test, one set each; None: the validation sets.
-        tokenizer: How text becomes ids.
+        tokenizer: How text becomes ids; None: one token a byte.
         template: The prompt with ``{question}`` in it, which the solution follows directly; ``chat``: the tokenizer's
             chat template.
         solution: What is to be answered, of ``{answer}`` and ``{final}``.
@@ -93,7 +93,7 @@ class MathDataModule(L.LightningDataModule):
         train: list[Source],
         val: list[Source] | None = None,
         test: list[Source] | None = None,
-        tokenizer: TextTokenizer = ByteTokenizer(),  # noqa: B008 - immutable
+        tokenizer: TextTokenizer | None = None,
         template: str = "Question: {question}\nSolution:\n",
         solution: str = "{answer}",
         system_prompt: str | None = None,
@@ -152,6 +152,7 @@ class MathDataModule(L.LightningDataModule):
         self.max_positions = max_tokens if max_positions is None else max_positions
         self.seed = seed
         self._given_cache_dir = cache_dir
+        tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
         self._given_tokenizer, self._ready_tokenizer = tokenizer, None if tokenizer.learns else tokenizer
         self._made: dict[str, Any] = {}
 
@@ -200,8 +201,14 @@ class MathDataModule(L.LightningDataModule):
         sources, tokenizer = self.sources["train"], self._given_tokenizer
         rows = [self._load(source, streaming=self.streaming) for source in sources]
         keys = [
-            [content_key(source, thorough=not self.streaming) or getattr(found, "_fingerprint", None) or source.revision]
-            + [source.path, source.split, source.columns]
+            [
+                content_key(source, thorough=not self.streaming)
+                or getattr(found, "_fingerprint", None)
+                or source.revision,
+                source.path,
+                source.split,
+                source.columns,
+            ]
             for source, found in zip(sources, rows, strict=True)
         ]
         key = plain_hash(type(tokenizer).__name__, tokenizer.settings(), self.text.settings(), keys, _LEARN_ROWS)

@@ -203,7 +203,9 @@ def _saved(source: Source, saved: Any, streaming: bool) -> Any:
 def _format(path: Path) -> str:
     kind = _FORMATS.get(path.name.lower().removesuffix(".gz").rsplit(".", 1)[-1])
     if kind is None or (path.name.endswith(".gz") and kind not in ("json", "csv")):
-        raise InputError(f"a source's file must end in one of {sorted(_FORMATS)} (texts also in .gz), got {str(path)!r}.")
+        raise InputError(
+            f"a source's file must end in one of {sorted(_FORMATS)} (texts also in .gz), got {str(path)!r}."
+        )
     return kind
 
 
@@ -226,8 +228,7 @@ def read_batches(source: Source, rows: Any, size: int) -> Iterator[dict[str, lis
     """
     names = [*source.needed, *([MALFORMED] if MALFORMED in (rows.column_names or ()) else [])]
     try:
-        for batch in rows.select_columns(names).iter(batch_size=size):
-            yield batch
+        yield from rows.select_columns(names).iter(batch_size=size)
     except Exception as error:
         raise InputError(_diagnosis(source, error)) from None
 

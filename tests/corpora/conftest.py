@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 datasets.disable_progress_bars()
 
+
 @pytest.fixture
 def corpus_file(tmp_path: Path) -> Path:
     """One hundred short sums."""

@@ -14,7 +14,10 @@ CHAT_TEMPLATE = (
 GSM8K = Path(__file__).parents[3] / "shared" / "corpora" / "gsm8k_train.jsonl"
 
 ROWS = [
-    {"question": f"Ann has {a} apples, and Zoë gives her {b}.  How many?", "answer": f"{a} + {b} = {a + b}\n#### {a + b}"}
+    {
+        "question": f"Ann has {a} apples, and Zoë gives her {b}.  How many?",
+        "answer": f"{a} + {b} = {a + b}\n#### {a + b}",
+    }
     for a in range(2, 22)
     for b in range(1, 6)
 ]

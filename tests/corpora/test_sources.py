@@ -102,8 +102,8 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
 def test_what_cannot_be_read_is_said_in_one_line(case: str, streaming: bool, tmp_path: Path) -> None:
     name, content, message = BROKEN[case]
     (tmp_path / name).write_bytes(content)
+    source = Source(path=str(tmp_path / name))
     with pytest.raises(InputError) as caught:
-        source = Source(path=str(tmp_path / name))
         list(read_batches(source, load_rows(source, tmp_path / "cache", streaming=streaming), 10))
     assert message in str(caught.value)
     assert name in str(caught.value)
@@ -120,7 +120,7 @@ def test_names_that_are_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(InputError, match="the splits are"):
         load_rows(Source(path=str(tmp_path / "saved"), split="validation"), tmp_path)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match="openai/gsm8k .* cannot be read"):
+    with pytest.raises(InputError, match=r"openai/gsm8k .* cannot be read"):
         load_rows(Source(path="openai/gsm8k", subset="main"), tmp_path)
 
 
@@ -145,7 +145,11 @@ def test_option_without_effect_on_a_local_path_is_an_error(corpus_file: Path) ->
 
 def test_columns_may_be_patterns_and_final_answers_numbers() -> None:
     source = Source(path="x/y", question="{Body} {Question}", answer=None, final="Answer")
-    batch = {"Body": ["A has 2.", "B {Question}", None], "Question": ["How many?", "Why?", "x"], "Answer": [2.0, 7, "x"]}
+    batch = {
+        "Body": ["A has 2.", "B {Question}", None],
+        "Question": ["How many?", "Why?", "x"],
+        "Answer": [2.0, 7, "x"],
+    }
     rows = check_rows(source, batch)
     assert rows.question[:2] == ["A has 2. How many?", "B {Question} Why?"]
     assert rows.answer == rows.final == ["2.0", "7", "x"]

@@ -113,7 +113,7 @@ examples = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1,
 @settings(deadline=None, max_examples=50)
 @given(examples)
 def test_labels_are_the_tokens_after_the_prompt_each_predicted_by_the_one_before(found: list[Example]) -> None:
-    padded, packed = padded_batch(found, 0), packed_batch([found], 60, 0)
+    padded, packed = padded_batch(found, 0), packed_batch([found], 80, 0)
     for row, example in enumerate(found):
         mask = padded["attention_mask"][row]
         assert padded["input_ids"][row][mask].tolist() == example.ids[:-1].tolist()
