@@ -244,6 +244,10 @@ def pack_origin(origin: Origin | None) -> dict[str, Any]:
     return {"origin": {"config": origin.config, "files": files}}
 
 
+def _as_bytes(files: dict[str, Tensor]) -> dict[str, bytes]:
+    return {name: data.numpy().tobytes() for name, data in files.items()}
+
+
 def load_checkpoint(path: str | os.PathLike[str]) -> LoopedTransformer:
     """Return the model of a checkpoint that training or :func:`save_checkpoint` wrote, in evaluation mode.
 
@@ -261,8 +265,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> LoopedTransformer:
         model = _empty_model(config, next(iter(weights.values())).dtype, "meta")
         model.load_state_dict(weights, assign=True)
         if "origin" in content:
-            files = {name: data.numpy().tobytes() for name, data in content["origin"]["files"].items()}
-            model.origin = Origin(config=content["origin"]["config"], files=files)
+            model.origin = Origin(config=content["origin"]["config"], files=_as_bytes(content["origin"]["files"]))
+        elif "tokenizer_files" in content.get("MathDataModule", {}):  # its own tokenizer travels with the model
+            model.origin = Origin(config={}, files=_as_bytes(content["MathDataModule"]["tokenizer_files"]))
     except Exception as error:
         raise InputError(
             f"{str(source)!r} is no checkpoint of looplm, or damaged ({type(error).__name__}: {str(error)[:200]})."

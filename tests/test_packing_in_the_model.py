@@ -92,7 +92,7 @@ def test_packed_row_may_be_longer_than_the_model_takes_but_a_document_may_not() 
     tokens = torch.zeros(1, 7, dtype=torch.long)
     assert model(tokens, 1, torch.tensor([[1, 1, 1, 1, 2, 2, 2]])).shape == (1, 7, 13)
     assert model(tokens, 1, torch.tensor([[1, 2, 0, 0, 0, 0, 0]])).shape == (1, 7, 13)
-    with pytest.raises(ValueError, match="may have 4 tokens .* got 5"):
+    with pytest.raises(ValueError, match=r"may have 4 tokens .* got 5"):
         model(tokens, 1, torch.tensor([[1, 1, 1, 1, 1, 2, 2]]))
 
 
@@ -111,7 +111,8 @@ def test_objective_with_its_penalty_takes_packed_rows() -> None:
     batch = {"input_ids": torch.ones_like(numbers), "labels": torch.ones_like(numbers), "attention_mask": numbers}
     out = objective(model, batch, StepKey(seed=0, micro_batch=0))
     assert bool(out.loss.isfinite())
-    assert out.penalty is not None and float(out.penalty) > 0
+    assert out.penalty is not None
+    assert float(out.penalty) > 0
 
 
 def test_exact_match_counts_documents() -> None:

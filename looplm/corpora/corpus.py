@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -14,7 +15,7 @@ from looplm.corpora.sources import Source
 from looplm.corpora.token_table import TokenTable
 from looplm.errors import InputError
 
-__all__ = ["BadRows", "Corpus", "Overlong", "RowPolicy", "describe_fault", "report"]
+__all__ = ["BadRows", "Corpus", "Overlong", "RowPolicy", "describe_fault", "describe_length", "report"]
 
 Overlong = Literal["drop", "truncate", "error"]
 BadRows = Literal["error", "skip"]
@@ -61,11 +62,19 @@ class RowPolicy:
         return "cut" if num_prompt < self.max_tokens else f"whose prompt alone has {self.max_tokens} tokens"
 
 
-def describe_fault(source: Source, row: int, fault: int, part: int) -> str:
-    """Return the error of a faulty row, counted from 0."""
+def describe_fault(source: Source, row: str, fault: int, part: int) -> str:
+    """Return the error of a faulty row."""
     column = source.columns.get(PARTS[part], PARTS[part])
     where = "" if fault == Fault.MALFORMED else f", column {column!r}"
-    return f"{source.path}, row {row + 1}{where}: {_FAULTS[Fault(fault)]}; `bad_rows: skip` leaves such rows out."
+    return f"{source.path}, {row}{where}: {_FAULTS[Fault(fault)]}; `bad_rows: skip` leaves such rows out."
+
+
+def describe_length(source: Source, row: str, length: int, max_tokens: int) -> str:
+    """Return the error of a row that is too long."""
+    return (
+        f"{source.path}, {row}: {length} tokens are more than `max_tokens` {max_tokens}; `overlong` may be drop or "
+        "truncate."
+    )
 
 
 def report(name: str, counts: Mapping[str, int]) -> str:
@@ -106,15 +115,12 @@ class Corpus:
             refused = np.flatnonzero((table.fault != Fault.NONE) & (table.fault != Fault.EMPTY))
             if len(refused):
                 row = int(refused[0])
-                raise InputError(describe_fault(source, row, int(table.fault[row]), int(table.part[row])))
+                raise InputError(describe_fault(source, f"row {row + 1}", int(table.fault[row]), int(table.part[row])))
         good = table.fault == Fault.NONE
         too_long = good & (table.lengths > policy.max_tokens)
         if policy.overlong == "error" and too_long.any():
             row = int(np.flatnonzero(too_long)[0])
-            raise InputError(
-                f"{source.path}, row {row + 1}: {table.lengths[row]} tokens are more than `max_tokens` "
-                f"{policy.max_tokens}; `overlong` may be drop or truncate."
-            )
+            raise InputError(describe_length(source, f"row {row + 1}", int(table.lengths[row]), policy.max_tokens))
         self.counts = {"kept": int((good & ~too_long).sum())}
         usable = good & ~too_long
         if policy.overlong == "truncate":
@@ -123,8 +129,8 @@ class Corpus:
             self.counts["cut"] = int(cut.sum())
         for fault, why in _FAULTS.items():
             self.counts[why] = int((table.fault == fault).sum())
-        for row in np.flatnonzero(too_long & ~usable):
-            why = policy.verdict(0, int(table.lengths[row]), int(table.num_prompt[row]))
+        for left_out in np.flatnonzero(too_long & ~usable).tolist():
+            why = policy.verdict(0, int(table.lengths[left_out]), int(table.num_prompt[left_out]))
             self.counts[why] = self.counts.get(why, 0) + 1
         self._keep(np.flatnonzero(usable))
 
@@ -153,6 +159,17 @@ class Corpus:
             self.counts[why] = self.counts.get(why, 0) + int(mine.sum())
             self.counts["kept"] -= int(mine.sum())
             self._keep(self.rows[~mine])
+
+    def held_out(self, keys: np.ndarray) -> Corpus | None:
+        """Return a corpus of the questions that have one of the keys, each once; None where there are none."""
+        chosen = np.flatnonzero(np.isin(self.keys, keys))
+        if not len(chosen):
+            return None
+        _, first = np.unique(self.keys[chosen], return_index=True)
+        part = copy.copy(self)
+        part.counts = {"kept": len(first)}
+        part._keep(self.rows[np.sort(chosen[first])])
+        return part
 
     def example(self, item: int) -> Example:
         """Return row ``rows[item]``."""

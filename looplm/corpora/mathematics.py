@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from looplm.corpora.batches import Example, packed_batch, padded_batch, padded_prompts
 from looplm.corpora.corpus import BadRows, Corpus, Overlong, RowPolicy
 from looplm.corpora.rows import Fault, Rows, check_rows
-from looplm.corpora.sources import Source, content_key, load_rows
+from looplm.corpora.sources import Source, content_key, load_rows, read_batches
 from looplm.corpora.stream import TrainingStream, trained_batches
 from looplm.corpora.streamed import StreamedOrder
 from looplm.corpora.templates import SolutionText
@@ -62,7 +62,7 @@ class MathDataModule(L.LightningDataModule):
         train: Sources of training.
         val: Sources of validation; None: ``num_val`` rows are held out of training.
         test: Sources of the test, one set each; None: the validation sets.
-        tokenizer: How text becomes ids.
+        tokenizer: How text becomes ids; None: one token a byte.
         template: The prompt with ``{question}`` in it, which the solution follows directly; ``chat``: the tokenizer's
             chat template.
         solution: What is to be answered, of ``{answer}`` and ``{final}``.
@@ -93,7 +93,7 @@ class MathDataModule(L.LightningDataModule):
         train: list[Source],
         val: list[Source] | None = None,
         test: list[Source] | None = None,
-        tokenizer: TextTokenizer = ByteTokenizer(),  # noqa: B008 - immutable
+        tokenizer: TextTokenizer | None = None,
         template: str = "Question: {question}\nSolution:\n",
         solution: str = "{answer}",
         system_prompt: str | None = None,
@@ -152,6 +152,7 @@ class MathDataModule(L.LightningDataModule):
         self.max_positions = max_tokens if max_positions is None else max_positions
         self.seed = seed
         self._given_cache_dir = cache_dir
+        tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
         self._given_tokenizer, self._ready_tokenizer = tokenizer, None if tokenizer.learns else tokenizer
         self._made: dict[str, Any] = {}
 
@@ -203,9 +204,17 @@ class MathDataModule(L.LightningDataModule):
             [
                 content_key(source, thorough=not self.streaming)
                 or getattr(found, "_fingerprint", None)
+<<<<<<< HEAD
                 or source.revision
             ]
             + [source.path, source.split, source.columns]
+=======
+                or source.revision,
+                source.path,
+                source.split,
+                source.columns,
+            ]
+>>>>>>> md
             for source, found in zip(sources, rows, strict=True)
         ]
         key = plain_hash(type(tokenizer).__name__, tokenizer.settings(), self.text.settings(), keys, _LEARN_ROWS)
@@ -258,12 +267,9 @@ class MathDataModule(L.LightningDataModule):
             if not self.sources["val"]:
                 keys = _least_hashed(np.concatenate([corpus.keys for corpus in train]), self.num_val)
                 for corpus in train:
-                    chosen = np.flatnonzero(np.isin(corpus.keys, keys))
-                    if len(chosen):
-                        val.append(Corpus(corpus.source, corpus.table, self.policy))
-                        _, first = np.unique(corpus.keys[chosen], return_index=True)
-                        val[-1].rows = corpus.rows[np.sort(chosen[first])]
-                        val[-1].lengths = corpus.lengths[np.sort(chosen[first])]
+                    part = corpus.held_out(keys)
+                    if part is not None:
+                        val.append(part)
                     corpus.leave_out(keys, "held out for validation")
             self._made["train_and_val"] = train, val
         return self._made["train_and_val"]
@@ -505,7 +511,7 @@ def _collate_evaluation(rows: list[dict[str, Any]], pad_id: int, extra: dict[str
 
 def _texts(source: Source, rows: Any, text: SolutionText) -> Iterator[str]:
     """Yield prompt and solution of the first rows, what a tokenizer learns from."""
-    for batch in islice(rows.select_columns(source.needed).iter(batch_size=1000), _LEARN_ROWS // 1000):
+    for batch in islice(read_batches(source, rows, 1000), _LEARN_ROWS // 1000):
         checked = check_rows(source, batch)
         good = np.flatnonzero(checked.fault == Fault.NONE)
         yield from text.plain_prompts([checked.question[row] for row in good])

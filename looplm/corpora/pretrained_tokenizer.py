@@ -50,8 +50,8 @@ class PretrainedTokenizer(TextTokenizer):
         except Exception as error:
             lines = str(error).splitlines() or [""]
             raise InputError(
-                f"`tokenizer.path` must be a directory with a tokenizer, or a hub id that can be reached, got {path!r}: "
-                f"{type(error).__name__} {lines[0]}"
+                f"`tokenizer.path` must be a directory with a tokenizer, or a hub id that can be reached, got {path!r}"
+                f": {type(error).__name__} {lines[0]}"
             ) from None
         if not getattr(tokenizer, "is_fast", False):
             raise InputError(f"{path!r} has no fast tokenizer (tokenizer.json), whose offsets the loss needs.")

@@ -5,11 +5,13 @@ Knows files and columns, no tokens. What cannot be read ends in one line that na
 
 from __future__ import annotations
 
+import csv
 import gzip
 import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,7 @@ from looplm.errors import InputError
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-__all__ = ["MALFORMED", "Source", "content_key", "load_rows"]
+__all__ = ["MALFORMED", "Source", "content_key", "load_rows", "read_batches"]
 
 MALFORMED = "__malformed__"
 """A column that marks lines which are no row, where such are skipped."""
@@ -110,15 +112,21 @@ def content_key(source: Source, thorough: bool = True) -> str | None:
         return None
     digest = hashlib.sha256()
     for path in [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file()):
+        state = path.stat()
         if root.is_dir():
             digest.update(str(path.relative_to(root)).encode() + b"\0")
         if thorough:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(_file_hash(path.resolve(), state.st_size, state.st_mtime_ns))
         else:
-            state = path.stat()
             digest.update(f"{path.resolve()}/{state.st_size}/{state.st_mtime_ns}".encode())
     return digest.hexdigest()
+
+
+@lru_cache(maxsize=10_000)
+def _file_hash(path: Path, size: int, time: int) -> bytes:
+    """Return a file's hash; within a process a file of the same size and time is not read again."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def load_rows(source: Source, cache_dir: Path, *, skip_malformed: bool = False, streaming: bool = False) -> Any:
@@ -141,16 +149,16 @@ def load_rows(source: Source, cache_dir: Path, *, skip_malformed: bool = False, 
     datasets.logging.set_verbosity_error()  # what it would log of a broken file is said in our error
     try:
         rows = _load(source, cache_dir, streaming)
+        # A stream may not know its columns, or that it has no rows, before it is read.
+        names = list(next(iter(rows), {})) if streaming else rows.column_names
     except InputError:
         raise
     except Exception as error:
         if skip_malformed and not streaming and _json_lines(source):
             rows = _salvaged(source, cache_dir)
+            names = rows.column_names
         else:
             raise InputError(_diagnosis(source, error)) from None
-    names = rows.column_names
-    if names is None:  # a stream that does not know before it is read
-        names = list(next(iter(rows), {}))
     missing = [name for name in source.needed if name not in names]
     if missing and names:
         raise InputError(f"{source.path}: column {missing[0]!r} is missing; the columns are {sorted(names)}.")
@@ -167,9 +175,7 @@ def _load(source: Source, cache_dir: Path, streaming: bool) -> Dataset | Iterabl
     if source.is_file:
         kind = _format(root)
         # Otherwise "NA" is no text, "007" a number and "1.50" another one.
-        texts = {"dtype": str, "keep_default_na": False} if kind == "csv" else {}
-        if root.name.split(".")[1:2] == ["tsv"]:
-            texts["sep"] = "\t"
+        texts = _text_columns(root) if kind == "csv" else {}
         folder = str(cache_dir / (content_key(source) or "")[:32]) if not streaming else None
         return load_dataset(kind, data_files=[str(root)], cache_dir=folder, **texts, **options)
     if root.is_dir():
@@ -201,6 +207,30 @@ def _format(path: Path) -> str:
             f"a source's file must end in one of {sorted(_FORMATS)} (texts also in .gz), got {str(path)!r}."
         )
     return kind
+
+
+def _text_columns(path: Path) -> dict[str, Any]:
+    """Return options that let every column of a CSV file be the text that stands there."""
+    from datasets import Features, Value
+
+    separator = "\t" if ".tsv" in path.name.lower() else ","
+    with gzip.open(path, "rt", encoding="utf-8") if path.name.endswith(".gz") else path.open(encoding="utf-8") as file:
+        header = next(csv.reader(file, delimiter=separator), [])
+    features = Features({name: Value("string") for name in header})
+    return {"sep": separator, "features": features, "keep_default_na": False}
+
+
+def read_batches(source: Source, rows: Any, size: int) -> Iterator[dict[str, list[Any]]]:
+    """Yield the columns of a source's rows, ``size`` rows at a time.
+
+    Raises:
+        InputError: If the file breaks off or is not what it seemed to be.
+    """
+    names = [*source.needed, *([MALFORMED] if MALFORMED in (rows.column_names or ()) else [])]
+    try:
+        yield from rows.select_columns(names).iter(batch_size=size)
+    except Exception as error:
+        raise InputError(_diagnosis(source, error)) from None
 
 
 def _json_lines(source: Source) -> bool:
@@ -252,7 +282,7 @@ def _fault(line: bytes) -> str | None:
     if not line.strip():
         return None
     try:
-        row = json.loads(line)
+        row = json.loads(line.strip())
     except UnicodeDecodeError as error:
         return f"no UTF-8: {error}"
     except ValueError as error:
@@ -266,12 +296,12 @@ def _salvaged(source: Source, cache_dir: Path) -> Any:
 
     features = Features({**{name: Value("string") for name in source.needed}, MALFORMED: Value("bool")})
     key = content_key(source) or ""
-    arguments = {"path": source.path, "needed": source.needed, "key": key}
+    arguments = {"path": source.path, "needed": tuple(source.needed), "key": key}  # a list would be shards
     folder = str(cache_dir / key[:32])
     return Dataset.from_generator(_salvage, features=features, gen_kwargs=arguments, cache_dir=folder)
 
 
-def _salvage(path: str, needed: list[str], key: str) -> Iterator[dict[str, Any]]:
+def _salvage(path: str, needed: tuple[str, ...], key: str) -> Iterator[dict[str, Any]]:
     """Yield one row a line; ``key`` makes another content another dataset."""
     with _open(Path(path)) as file:
         for line in file:

@@ -15,11 +15,11 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
 from looplm.corpora.batches import Example
-from looplm.corpora.corpus import RowPolicy, describe_fault, report
+from looplm.corpora.corpus import RowPolicy, describe_fault, describe_length, report
 from looplm.corpora.interleave import Interleave, shuffled
 from looplm.corpora.packing import best_fit
 from looplm.corpora.rows import Fault, check_rows, question_key
-from looplm.corpora.sources import Source, load_rows
+from looplm.corpora.sources import Source, load_rows, read_batches
 from looplm.corpora.token_table import RowEncoder
 from looplm.corpora.training_order import BUCKET, Batching, bucketed
 from looplm.errors import InputError
@@ -128,32 +128,20 @@ class StreamedOrder:
             seed = fold(self.seed, "stream", number, epoch) % 2**32
             rows = rows.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
         first = 0
-        for batch in _batches_read(source, rows):
-            checked = check_rows(source, {name: batch[name] for name in source.needed})
+        for batch in read_batches(source, rows, _READ):
+            checked = check_rows(source, batch)
             encoded = self.encoder(checked)
             for row, ids in enumerate(encoded.ids):
                 fault, length, num_prompt = int(checked.fault[row]), len(ids), int(encoded.num_prompt[row])
+                name = f"row {first + row + 1}" + (" of the shuffled stream" if self.shuffle_buffer else "")
                 if fault not in (Fault.NONE, Fault.EMPTY) and self.policy.bad_rows == "error":
-                    raise InputError(describe_fault(source, first + row, fault, int(checked.part[row])))
+                    raise InputError(describe_fault(source, name, fault, int(checked.part[row])))
+                if length > self.policy.max_tokens and self.policy.overlong == "error":
+                    raise InputError(describe_length(source, name, length, self.policy.max_tokens))
                 verdict = self.policy.verdict(fault, length, num_prompt)
-                if verdict.startswith("longer") and self.policy.overlong == "error":
-                    raise InputError(
-                        f"{source.path}, row {first + row + 1}: {length} tokens are more than `max_tokens` "
-                        f"{self.policy.max_tokens}; `overlong` may be drop or truncate."
-                    )
                 if verdict in ("kept", "cut") and question_key(checked.question[row]) in self.held_out:
                     verdict = "held out"
                 counts[verdict] += 1
                 if verdict in ("kept", "cut"):
                     yield Example(ids[: self.policy.max_tokens], num_prompt)
             first += len(encoded.ids)
-
-
-def _batches_read(source: Source, rows: Any) -> Iterator[Any]:
-    try:
-        yield from rows.iter(batch_size=_READ)
-    except InputError:
-        raise
-    except Exception as error:
-        lines = str(error).splitlines() or [""]
-        raise InputError(f"{source.path} cannot be read on: {type(error).__name__} {lines[0][:300]}") from None

@@ -1,4 +1,4 @@
-"""The text of a problem: what the model is asked, what it must answer, what ends the answer. Knows no rows, no files."""
+"""The text of a problem: what the model is asked, what it must answer, what ends the answer. Knows no files."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class TextTokenizer(ABC):
 
     @abstractmethod
     def files(self) -> dict[str, bytes]:
-        """Return the files of a Hugging Face tokenizer with the same ids, by name: ``tokenizer.json`` and its config."""
+        """Return the files of a Hugging Face tokenizer with the same ids: ``tokenizer.json`` and its config."""
 
     def settings(self) -> dict[str, Any]:
         """Return what beside the corpus decides the ids, as plain data."""

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from looplm.corpora.rows import Fault, Rows, check_rows, question_key
-from looplm.corpora.sources import MALFORMED, Source, content_key, load_rows
+from looplm.corpora.sources import Source, content_key, load_rows, read_batches
 from looplm.corpora.templates import PromptWriter, SolutionText
 from looplm.corpora.text_tokenizer import TextTokenizer, first_token_after
 
@@ -164,15 +164,13 @@ def token_table(source: Source, encoder: RowEncoder, cache_dir: Path, *, skip_ma
 def _write(rows: Any, source: Source, encoder: RowEncoder, path: Path) -> None:
     import pyarrow as pa
 
-    wanted = [name for name in [*source.needed, MALFORMED] if name in rows.column_names]
-
     # Our own file, not map's: one that several processes may write at once, under a name that needs no hash of a
     # function; the last to finish replaces it by an equal one.
     handle, draft = tempfile.mkstemp(dir=path.parent, suffix=".draft")
     os.close(handle)
     try:
         writer = None
-        for batch in rows.select_columns(wanted).iter(batch_size=1000):
+        for batch in read_batches(source, rows, 1000):
             encoded = _as_arrow(encoder, check_rows(source, batch))
             if writer is None:
                 writer = pa.ipc.new_stream(draft, encoded.schema)

@@ -1,4 +1,4 @@
-"""Which examples make up a batch of training: a function of seed, batch number and rank. Knows no trainer, no tensors."""
+"""Which examples make up a batch of training: a function of seed, batch number and rank. Knows no trainer."""
 
 from __future__ import annotations
 

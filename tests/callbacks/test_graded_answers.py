@@ -218,7 +218,7 @@ def test_the_interval_is_that_of_a_binomial_share(number: int, share: float) -> 
 
 def test_summary_by_hand() -> None:
     rows = [
-        {"source": "a", "index": i, "depth": d, "sample": s, "verdict": v, "num_tokens": 4 + s, "majority_right": i == 0}
+        {"source": "a", "index": i, "depth": d, "sample": s, "verdict": v, "num_tokens": 4 + s, "majority_right": not i}
         for d, i, s, v in [
             (1, 0, 0, "right"), (1, 0, 1, "right"), (1, 1, 0, "wrong"), (1, 1, 1, "right"),
             (2, 0, 0, "right"), (2, 0, 1, "wrong"), (2, 1, 0, "unparsable"), (2, 1, 1, "wrong"),
