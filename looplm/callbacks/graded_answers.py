@@ -34,8 +34,8 @@ class GradedAnswers(L.Callback):
     of the batch and S samples of each, and ``answer_rows`` int64 ``(R,)``, which problems those are. What decides the
     answers beside the weights may stand in the module's ``answer_settings``, as plain data. The batch holds ``index``
     ``(B,)``, ``final`` and ``answer`` (B texts each: the true final answer or, where that is empty, a solution that
-    ends in it), ``source`` (its name) and ``end_id``. Before each batch the callback adds ``wanted``, bool ``(B,)``: the
-    problems that have no answers yet.
+    ends in it), ``source`` (its name) and ``end_id``. Before each batch the callback adds ``wanted``, bool ``(B,)``:
+    the problems that have no answers yet.
 
     It writes every answer into ``test_answers.jsonl`` in the log directory as it comes. A test that was killed goes on
     there, if checkpoint and settings are the same. At the end it writes ``test_graded.csv`` and ``test_graded.png`` and
