@@ -204,17 +204,11 @@ class MathDataModule(L.LightningDataModule):
             [
                 content_key(source, thorough=not self.streaming)
                 or getattr(found, "_fingerprint", None)
-<<<<<<< HEAD
-                or source.revision
-            ]
-            + [source.path, source.split, source.columns]
-=======
                 or source.revision,
                 source.path,
                 source.split,
                 source.columns,
             ]
->>>>>>> md
             for source, found in zip(sources, rows, strict=True)
         ]
         key = plain_hash(type(tokenizer).__name__, tokenizer.settings(), self.text.settings(), keys, _LEARN_ROWS)
