@@ -179,7 +179,10 @@ class Corpus:
     def report(self) -> str:
         """Return one line on what became of the source's rows."""
         line = report(self.source.label, self.counts)
-        joined = int(self.table.joined.sum())
+        joined = int(self.table.joined[self.rows].sum())
         if joined:
             line += f"; in {joined} a token would have joined prompt and solution, which were encoded apart"
+        unknown = int(self.table.unknown[self.rows].sum())
+        if unknown:
+            line += f"; {unknown} hold something that the tokenizer has no id for"
         return line

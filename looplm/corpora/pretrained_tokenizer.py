@@ -92,6 +92,12 @@ class PretrainedTokenizer(TextTokenizer):
         return int(self._end_id)
 
     @property
+    def unknown_id(self) -> int | None:
+        """Id of ``unk_token``, where there is one that stands for nothing else."""
+        index = self._tokenizer.unk_token_id
+        return None if index is None or index == self._end_id else int(index)
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether the tokenizer came with a chat template."""
         return self._tokenizer.chat_template is not None

@@ -107,5 +107,5 @@ def _joined(pattern: str, names: list[str], read: list[list[Any]]) -> list[Any]:
 
 def question_key(question: str) -> int:
     """Return 63 bits of a question; the same for questions that differ in white space and letter case alone."""
-    text = " ".join(question.split()).casefold()
+    text = " ".join(question.casefold().split())
     return int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest(), "big") >> 1

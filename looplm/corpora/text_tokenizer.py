@@ -56,6 +56,11 @@ class TextTokenizer(ABC):
     def end_id(self) -> int:
         """Id that ends a solution."""
 
+    @property
+    def unknown_id(self) -> int | None:
+        """Id of what the vocabulary has not; None where every text has ids of its own."""
+        return None
+
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> Sequence[Encoded]:
         """Return the tokens of each text; the ends of their offsets never decrease."""
@@ -92,6 +97,8 @@ def first_token_after(encoded: Encoded, position: int) -> int:
         >>> first_token_after(ByteTokenizer().encode(["1+1=2"])[0], 4)
         4
     """
+    if isinstance(encoded, _Plain):
+        return encoded.first_after(position)
     low, high = 0, len(encoded.ids)
     while low < high:
         middle = (low + high) // 2
@@ -113,6 +120,10 @@ class _Plain:
     def token_to_chars(self, token_index: int) -> tuple[int, int]:
         first = token_index if self.characters is None else int(self.characters[token_index])
         return first, first + 1
+
+    def first_after(self, position: int) -> int:
+        """Return what :func:`first_token_after` does, without a search."""
+        return position if self.characters is None else int(np.searchsorted(self.characters, position))
 
 
 class ByteTokenizer(TextTokenizer):
@@ -214,6 +225,11 @@ class CorpusCharTokenizer(TextTokenizer):
     def end_id(self) -> int:
         """Id that ends a solution."""
         return 1
+
+    @property
+    def unknown_id(self) -> int | None:
+        """Id of a character that the corpus has not."""
+        return 2
 
     def encode(self, texts: Sequence[str]) -> Sequence[Encoded]:
         """Return one id a character."""

@@ -26,7 +26,7 @@ from looplm.corpora.text_tokenizer import TextTokenizer, first_token_after
 __all__ = ["RowEncoder", "TokenTable", "plain_hash", "prompts_that_change", "token_table"]
 
 _VERSION = 1  # of the file; another number makes old files unread
-_COLUMNS = ("ids", "num_prompt", "fault", "part", "joined", "key")
+_COLUMNS = ("ids", "num_prompt", "fault", "part", "joined", "unknown", "key")
 
 
 def plain_hash(*values: Any) -> str:
@@ -44,6 +44,8 @@ class EncodedRows:
     """Tokens before the solution, int32 ``(N,)``."""
     joined: np.ndarray
     """Whether a token would have joined prompt and solution, so that the two were encoded apart, bool ``(N,)``."""
+    unknown: np.ndarray
+    """Whether something in it is not in the vocabulary, bool ``(N,)``."""
 
 
 class RowEncoder:
@@ -65,12 +67,13 @@ class RowEncoder:
 
     def __call__(self, rows: Rows) -> EncodedRows:
         """Encode N rows."""
-        good = np.flatnonzero(rows.fault == Fault.NONE)
+        good = np.flatnonzero(rows.fault == Fault.NONE).tolist()
         prompts = self.prompts([rows.question[row] for row in good])
         solutions = self.text.solutions([rows.answer[row] for row in good], [rows.final[row] for row in good])
         number = len(rows.fault)
         ids: list[np.ndarray] = [np.zeros(0, dtype=np.int32)] * number
         num_prompt, joined = np.zeros(number, dtype=np.int32), np.zeros(number, dtype=bool)
+        unknown, unknown_id = np.zeros(number, dtype=bool), self.tokenizer.unknown_id
         encoded = self.tokenizer.encode([p + s for p, s in zip(prompts, solutions, strict=True)])
         for row, prompt, solution, whole in zip(good, prompts, solutions, encoded, strict=True):
             border, own = first_token_after(whole, len(prompt)), whole.ids
@@ -78,10 +81,12 @@ class RowEncoder:
             if span is not None and span[0] < len(prompt):
                 # Generation begins after the prompt's last token, so the solution's first one must not reach into it.
                 before, after = self.tokenizer.encode([prompt, solution])
-                own, border, joined[row] = [*before.ids, *after.ids], len(before.ids), True
-            ids[row] = np.array([*own, self.prompts.end_id], dtype=np.int32)
+                own, border, joined[row] = np.concatenate([before.ids, after.ids]), len(before.ids), True
+            ids[row] = np.empty(len(own) + 1, dtype=np.int32)
+            ids[row][:-1], ids[row][-1] = own, self.prompts.end_id
             num_prompt[row] = border
-        return EncodedRows(ids=ids, num_prompt=num_prompt, joined=joined)
+            unknown[row] = unknown_id is not None and bool((ids[row] == unknown_id).any())
+        return EncodedRows(ids=ids, num_prompt=num_prompt, joined=joined, unknown=unknown)
 
     def encode_prompts(self, questions: Sequence[str]) -> list[np.ndarray]:
         """Return what generation reads, one int32 array a question."""
@@ -108,6 +113,7 @@ class TokenTable:
         fault: A :class:`~looplm.corpora.rows.Fault` each, int8 ``(N,)``.
         part: Which of question, answer, final has the fault, int8 ``(N,)``.
         joined: Whether prompt and solution were encoded apart, bool ``(N,)``.
+        unknown: Whether something in it is not in the vocabulary, bool ``(N,)``.
         key: :func:`~looplm.corpora.rows.question_key` of each question, int64 ``(N,)``.
     """
 
@@ -120,7 +126,7 @@ class TokenTable:
         self.lengths = np.concatenate([np.diff(bounds) for bounds in self._bounds]).astype(np.int64)
         columns = {name: data.column(name).to_numpy() for name in _COLUMNS[1:]}
         self.num_prompt, self.fault, self.part = columns["num_prompt"], columns["fault"], columns["part"]
-        self.joined, self.key = columns["joined"], columns["key"]
+        self.joined, self.unknown, self.key = columns["joined"], columns["unknown"], columns["key"]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -196,6 +202,7 @@ def _as_arrow(encoder: RowEncoder, rows: Rows) -> Any:
         "fault": pa.array(rows.fault),
         "part": pa.array(rows.part),
         "joined": pa.array(encoded.joined),
+        "unknown": pa.array(encoded.unknown),
         "key": pa.array(keys),
     }
     return pa.table({name: columns[name] for name in _COLUMNS})

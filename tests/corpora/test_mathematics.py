@@ -199,6 +199,12 @@ def test_test_batches_hold_what_generation_and_grading_need(
     assert (other["labels"] != -100).any(1).tolist() == [True, True]
 
 
+def test_characters_that_training_had_not_are_counted(make: Callable[..., MathDataModule], tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "other.jsonl", [ROWS[0], {"question": "¿Cuánto?", "answer": "5 €"}])
+    data = make(tokenizer=CorpusCharTokenizer(), test=[Source(path=str(path))])
+    assert data.corpora("test")[0].report() == "other: 2 of 2 rows; 1 hold something that the tokenizer has no id for"
+
+
 def test_limits_of_held_out_sets(make: Callable[..., MathDataModule], corpus_file: Path) -> None:
     source = Source(path=str(corpus_file), split="train[50:]")
     data = make(
