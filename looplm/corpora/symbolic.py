@@ -29,7 +29,7 @@ Comparison = Literal["equal", "different", "unreadable", "limit"]
 
 _MATH_VERIFY = RequirementCache("math-verify>=0.8", "math_verify")
 _SERVER = Path(__file__).with_name("symbolic_server.py")
-_START_SECONDS = 120.0  # SymPy's import on a machine that is busy
+_START_SECONDS = 300.0  # it takes two of processor time; machines can be busy
 _MAX_CHARACTERS = 2_000  # no answer is longer; parsers take more than linear time
 
 
@@ -84,23 +84,22 @@ class SymbolicComparer:
             raise ValueError(f"`memory_mb` must be >= 512, got {memory_mb}.")
         self.cpu_seconds, self.memory_mb = cpu_seconds, memory_mb
         self.wall_seconds = 4.0 * cpu_seconds + 2.0
-        self._forget()
-        this = weakref.ref(self)
-
-        def forget_in_fork() -> None:
-            comparer = this()
-            if comparer is not None:
-                comparer._forget()
-
-        os.register_at_fork(after_in_child=forget_in_fork)
+        self._clear()
+        _ALIVE.add(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.cpu_seconds, self.memory_mb)
 
-    def _forget(self) -> None:
+    def _clear(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._finalizer: weakref.finalize | None = None
         self._lock = threading.Lock()
+
+    def forget(self) -> None:
+        """Let go of the process without ending it: it belongs to the program that this one was forked from."""
+        if self._finalizer is not None:
+            self._finalizer.detach()
+        self._clear()
 
     def __enter__(self) -> SymbolicComparer:
         return self
@@ -187,3 +186,14 @@ class SymbolicComparer:
                 break
             text += part
         return text.decode(errors="replace").rstrip("\n")
+
+
+_ALIVE: weakref.WeakSet[SymbolicComparer] = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for comparer in list(_ALIVE):
+        comparer.forget()
+
+
+os.register_at_fork(after_in_child=_forget_all)

@@ -1,0 +1,56 @@
+"""``generate``: write a corpus of grade-school word problems with worked solutions, as JSON lines."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from looplm.callbacks.output import replace_file
+from looplm.commands.arguments import Parser
+from looplm.corpora.word_problems import MAX_STEPS, SPLITS, WordProblem, word_problems
+from looplm.errors import InputError
+
+__all__ = ["encode_rows", "run"]
+
+
+def encode_rows(problems: Iterable[WordProblem], *, is_compressed: bool) -> bytes:
+    """Return problems as JSON lines with ``question``, ``answer``, ``final``, ``steps``; the same bytes every time."""
+    lines = "".join(json.dumps(problem.row()) + "\n" for problem in problems).encode()
+    if not is_compressed:
+        return lines
+    content = io.BytesIO()
+    # Neither name nor time of writing belong to the content.
+    with gzip.GzipFile(filename="", mode="wb", fileobj=content, mtime=0, compresslevel=9) as file:
+        file.write(lines)
+    return content.getvalue()
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command; for its options see ``--help``."""
+    parser = Parser("generate", description=__doc__)
+    parser.add_argument("output", type=Path, metavar="OUT", help="file to write: .jsonl or .jsonl.gz")
+    parser.add_argument("--split", choices=SPLITS, default="train", help="disjoint by construction, whatever the seeds")
+    parser.add_argument("--num_rows", type=int, default=1000, metavar="N", help="problems, all different")
+    parser.add_argument("--seed", type=int, default=0, help="a longer file of a seed begins with a shorter one")
+    parser.add_argument("--min_steps", type=int, default=1, metavar="N", help="fewest steps of a solution")
+    parser.add_argument("--max_steps", type=int, default=MAX_STEPS, metavar="N", help=f"most steps, up to {MAX_STEPS}")
+    args = parser.parse_args(argv)
+    if args.num_rows < 1:
+        parser.error(f"`--num_rows` must be >= 1, got {args.num_rows}")
+    if not args.output.name.endswith((".jsonl", ".jsonl.gz")):
+        parser.error(f"`OUT` must end in .jsonl or .jsonl.gz, got {str(args.output)!r}")
+    try:
+        problems = word_problems(
+            args.seed, args.split, args.num_rows, min_steps=args.min_steps, max_steps=args.max_steps
+        )
+        replace_file(args.output, encode_rows(problems, is_compressed=args.output.suffix == ".gz"))
+    except OSError as error:
+        raise InputError(f"`OUT` {str(args.output)!r} cannot be written: {error.strerror}.") from None
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return 0
