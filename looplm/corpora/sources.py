@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from looplm.corpora.generated import generated_file, is_generated
 from looplm.corpora.templates import placeholders
 from looplm.errors import InputError
 
@@ -41,7 +42,8 @@ class Source:
 
     path: str
     """A file (json, jsonl, csv, tsv, parquet, arrow; the texts also ``.gz``), a directory of them or one that
-    ``save_to_disk`` wrote, or a hub id ``owner/name``."""
+    ``save_to_disk`` wrote, a hub id ``owner/name``, or ``word_problems?num_rows=50000&max_steps=2``: made by our generator
+    (see :func:`~looplm.corpora.generated.generated_file`)."""
     name: str | None = None
     """Its name in logs and results; None: that of the file, directory or hub id."""
     split: str = "train"
@@ -68,22 +70,27 @@ class Source:
             raise ValueError(f"a source needs a column `answer` or `final`, got neither for {self.path!r}.")
         if self.is_file and not self.split.startswith("train"):
             raise ValueError(f"`split` of a single file must be `train` or a part of it, got {self.split!r}.")
-        if Path(self.path).exists():
+        if self.root.exists():
             for field in ("revision", "subset"):
                 if getattr(self, field) is not None:
                     raise ValueError(f"`{field}` has no effect on a local path, got {getattr(self, field)!r}.")
 
     @property
+    def root(self) -> Path:
+        """Where it is on this machine, if it is there; what is generated is made now, unless it was before."""
+        return generated_file(self.path) if is_generated(self.path) else Path(self.path)
+
+    @property
     def is_file(self) -> bool:
         """Whether it is a single local file."""
-        return Path(self.path).is_file()
+        return self.root.is_file()
 
     @property
     def label(self) -> str:
         """Its name."""
         if self.name is not None:
             return self.name
-        name = Path(self.path).name
+        name = self.path.partition("?")[0] if is_generated(self.path) else self.root.name
         return name.split(".")[0] if self.is_file else name
 
     @property
@@ -107,7 +114,7 @@ def content_key(source: Source, thorough: bool = True) -> str | None:
         source: The source.
         thorough: Read the files; else their names, sizes and times stand for them.
     """
-    root = Path(source.path)
+    root = source.root
     if not root.exists():
         return None
     digest = hashlib.sha256()
@@ -170,7 +177,7 @@ def load_rows(source: Source, cache_dir: Path, *, skip_malformed: bool = False, 
 def _load(source: Source, cache_dir: Path, streaming: bool) -> Dataset | IterableDataset:
     from datasets import load_dataset, load_from_disk
 
-    root = Path(source.path)
+    root = source.root
     options: dict[str, Any] = {"split": source.split, "streaming": streaming}
     if source.is_file:
         kind = _format(root)
@@ -234,7 +241,7 @@ def read_batches(source: Source, rows: Any, size: int) -> Iterator[dict[str, lis
 
 
 def _json_lines(source: Source) -> bool:
-    return source.is_file and _format(Path(source.path)) == "json"
+    return source.is_file and _format(source.root) == "json"
 
 
 def _open(path: Path) -> Any:
@@ -247,7 +254,7 @@ def _diagnosis(source: Source, error: Exception) -> str:
     while cause.__cause__ is not None:
         cause = cause.__cause__
     if source.is_file:
-        path = Path(source.path)
+        path = source.root
         if path.stat().st_size == 0:
             return f"{source.path}: the file is empty."
         if _json_lines(source):
