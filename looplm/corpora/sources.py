@@ -42,8 +42,8 @@ class Source:
 
     path: str
     """A file (json, jsonl, csv, tsv, parquet, arrow; the texts also ``.gz``), a directory of them or one that
-    ``save_to_disk`` wrote, a hub id ``owner/name``, or ``word_problems?num_rows=50000&max_steps=2``: made by our generator
-    (see :func:`~looplm.corpora.generated.generated_file`)."""
+    ``save_to_disk`` wrote, a hub id ``owner/name``, or ``word_problems?num_rows=50000&max_steps=2``, which our
+    generator makes (see :func:`~looplm.corpora.generated.generated_file`)."""
     name: str | None = None
     """Its name in logs and results; None: that of the file, directory or hub id."""
     split: str = "train"
