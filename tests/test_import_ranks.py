@@ -120,7 +120,7 @@ def test_only_figures_imports_matplotlib() -> None:
     ("package", "unknown"),
     [
         # They plug into any project.
-        ("callbacks", {"module", "model", "config", "objective", "corpora", "layers", "generation"}),
+        ("callbacks", {"module", "model", "config", "objective", "layers", "generation"}),
         # It takes callables.
         ("stability", {"loop", "model", "layers", "module"}),
         # The science knows no trainer.
@@ -136,6 +136,13 @@ def test_file_does_not_know_what_its_docstring_denies(package: str, unknown: set
     for path in files:
         roots = {name.split(".")[0] for name in _own(path)} | {name.split(".")[0] for name in _imports(path)}
         assert not roots & unknown, _module(path)
+
+
+def test_callbacks_know_of_corpora_only_how_answers_are_graded() -> None:
+    files = [path for path in FILES if _module(path).split(".")[0] == "callbacks"]
+    known = {name for path in files for name in _own(path) if name.split(".")[0] == "corpora"}
+    # Text in, verdict out: no DataModule, no tokenizer.
+    assert known <= {"corpora.extraction", "corpora.grading", "corpora.votes"}
 
 
 @pytest.mark.parametrize("name", looplm.__all__)
