@@ -5,11 +5,8 @@ Knows the trainer (where the stream stands) but no model, and nothing of grading
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +15,14 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
-from looplm.corpora.batches import Example, packed_batch, padded_batch, padded_prompts
+from looplm.corpora.batches import Example, packed_batch, padded_batch
 from looplm.corpora.corpus import BadRows, Corpus, Overlong, RowPolicy
-from looplm.corpora.rows import Fault, Rows, check_rows
-from looplm.corpora.sources import Source, content_key, load_rows, read_batches
+from looplm.corpora.evaluation_rows import EvaluationRows, evaluation_batch
+from looplm.corpora.learnt_tokenizer import learn_once
+from looplm.corpora.rows import check_rows
+from looplm.corpora.sources import Source, content_key, load_rows
 from looplm.corpora.stream import TrainingStream, trained_batches
 from looplm.corpora.streamed import StreamedOrder
 from looplm.corpora.templates import SolutionText
@@ -36,7 +35,6 @@ from looplm.randomness import fold, hash_uint64
 __all__ = ["MathDataModule"]
 
 _HELD_OUT_SEED = 2026  # the same rows for every seed of training
-_LEARN_ROWS = 200_000  # of each source, which is as much as a tokenizer needs
 _CHECKED_PROMPTS = 64
 
 
@@ -175,7 +173,9 @@ class MathDataModule(L.LightningDataModule):
             InputError: If they cannot be read.
         """
         if self._ready_tokenizer is None:
-            self._learn()
+            sources = self.sources["train"]
+            rows = [self._load(source, streaming=self.streaming) for source in sources]
+            learn_once(self._given_tokenizer, self.text, sources, rows, self.cache_dir, streaming=self.streaming)
             self._ready_tokenizer = self._given_tokenizer
         return self._ready_tokenizer
 
@@ -195,30 +195,6 @@ class MathDataModule(L.LightningDataModule):
     def end_id(self) -> int:
         """Id that ends a solution."""
         return self.encoder.prompts.end_id
-
-    def _learn(self) -> None:
-        """Let the tokenizer learn, or restore what it has learnt from the same corpus before."""
-        sources, tokenizer = self.sources["train"], self._given_tokenizer
-        rows = [self._load(source, streaming=self.streaming) for source in sources]
-        keys = [
-            [
-                content_key(source, thorough=not self.streaming)
-                or getattr(found, "_fingerprint", None)
-                or source.revision,
-                source.path,
-                source.split,
-                source.columns,
-            ]
-            for source, found in zip(sources, rows, strict=True)
-        ]
-        key = plain_hash(type(tokenizer).__name__, tokenizer.settings(), self.text.settings(), keys, _LEARN_ROWS)
-        path = self.cache_dir / "tokenizers" / f"{key}.json"
-        if not path.is_file():
-            pairs = zip(sources, rows, strict=True)
-            tokenizer.learn(text for source, found in pairs for text in _texts(source, found, self.text))
-            _write_once(path, tokenizer.files()["tokenizer.json"])
-        # Read back even by who wrote it: of several processes that learnt, all use what the first one wrote.
-        tokenizer.restore({"tokenizer.json": path.read_bytes()})
 
     def _load(self, source: Source, streaming: bool = False) -> Any:
         skip = self.policy.bad_rows == "skip"
@@ -385,7 +361,7 @@ class MathDataModule(L.LightningDataModule):
                 EvaluationRows(corpus, self._load(corpus.source), self.encoder, limit),
                 batch_size=self.eval_batch_size,
                 collate_fn=partial(
-                    _collate_evaluation,
+                    evaluation_batch,
                     pad_id=self.tokenizer.pad_id,
                     extra={
                         "source": corpus.source.label,
@@ -445,87 +421,7 @@ class _StreamedBatches(IterableDataset[dict[str, Tensor]]):
         return self.data.streamed_batches(self.position(), self.rank, self.world_size)
 
 
-class EvaluationRows(Dataset[dict[str, Any]]):
-    """The rows of a corpus with all that evaluation needs of them.
-
-    Args:
-        corpus: The rows.
-        texts: The source's columns.
-        encoder: Encodes prompts.
-        limit: At most that many rows; None: all.
-    """
-
-    def __init__(self, corpus: Corpus, texts: Any, encoder: RowEncoder, limit: int | None = None) -> None:
-        self.corpus, self.encoder = corpus, encoder
-        self.number = len(corpus) if limit is None else min(limit, len(corpus))
-        self._texts = texts.select_columns(corpus.source.needed)
-
-    def __len__(self) -> int:
-        return self.number
-
-    def __getitem__(self, item: int) -> dict[str, Any]:
-        return self.__getitems__([item])[0]
-
-    def __getitems__(self, items: list[int]) -> list[dict[str, Any]]:
-        """Return several rows, which is faster than one by one."""
-        places = [int(self.corpus.rows[item]) for item in items]
-        texts: Rows = check_rows(self.corpus.source, self._texts[places])
-        prompts = self.encoder.encode_prompts(texts.question)
-        return [
-            {
-                "example": self._example(item),
-                "prompt": prompts[number],
-                "final": texts.final[number],
-                "answer": texts.answer[number],
-                "index": places[number],
-            }
-            for number, item in enumerate(items)
-        ]
-
-    def _example(self, item: int) -> Example:
-        example, row = self.corpus.example(item), int(self.corpus.rows[item])
-        if len(example.ids) < self.corpus.table.lengths[row] and self.corpus.policy.overlong == "truncate":
-            # "All tokens right" of a part would say nothing of the whole.
-            return Example(example.ids, len(example.ids))
-        return example
-
-
-def _collate_evaluation(rows: list[dict[str, Any]], pad_id: int, extra: dict[str, Any]) -> dict[str, Any]:
-    prompt_ids, prompt_mask = padded_prompts([row["prompt"] for row in rows], pad_id)
-    return {
-        **padded_batch([row["example"] for row in rows], pad_id),
-        "index": torch.tensor([row["index"] for row in rows]),
-        "prompt_ids": prompt_ids,
-        "prompt_mask": prompt_mask,
-        "final": [row["final"] for row in rows],
-        "answer": [row["answer"] for row in rows],
-        **extra,
-    }
-
-
-def _texts(source: Source, rows: Any, text: SolutionText) -> Iterator[str]:
-    """Yield prompt and solution of the first rows, what a tokenizer learns from."""
-    for batch in islice(read_batches(source, rows, 1000), _LEARN_ROWS // 1000):
-        checked = check_rows(source, batch)
-        good = np.flatnonzero(checked.fault == Fault.NONE)
-        yield from text.plain_prompts([checked.question[row] for row in good])
-        yield from text.solutions([checked.answer[row] for row in good], [checked.final[row] for row in good])
-
-
 def _least_hashed(keys: np.ndarray, number: int) -> np.ndarray:
     """Return that many of the keys, those with the least hashes: a draw that other rows in the corpus do not change."""
     keys = np.unique(keys)
     return keys[np.argsort(hash_uint64(fold(_HELD_OUT_SEED, "val"), keys), kind="stable")[:number]]
-
-
-def _write_once(path: Path, content: bytes) -> None:
-    """Write a file whole, unless another process has."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(dir=path.parent, suffix=".draft")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        if not path.is_file():
-            os.replace(draft, path)
-    finally:
-        Path(draft).unlink(missing_ok=True)
