@@ -23,6 +23,7 @@ _LIGHTNING = {
 _OWN = {
     "import": "a Hugging Face directory (Ouro, Huginn, our own) becomes a checkpoint",
     "export": "a checkpoint becomes a Hugging Face directory",
+    "consolidate": "a sharded checkpoint becomes one file",
     "exits": "accuracy by loops of every exit and by memory of every cache",
     "eval": "run tasks of lm-evaluation-harness at any depth",
     "compare": "curves of several runs in one table and one picture",

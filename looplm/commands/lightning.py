@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import lightning as L
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -23,8 +24,11 @@ from lightning.pytorch.utilities import rank_zero_info
 # The classes are imported so that configs can name them without their path.
 from looplm.callbacks.depth_accuracy import DepthAccuracyCurve
 from looplm.corpora.arithmetic import ArithmeticDataModule
+from looplm.durable import DurableCheckpointIO
 from looplm.errors import InputError
 from looplm.module import LoopLM
+from looplm.sharded_checkpoints import is_sharded, read_sharded, recover
+from looplm.strategy import ShardedStrategy
 
 __all__ = ["LoopLMCLI", "run"]
 
@@ -114,10 +118,12 @@ class LoopLMCLI(LightningCLI):
         path = config.ckpt_path
         if (path is None and self.subcommand != "fit") or path == "last":
             path = root / "checkpoints" / "last.ckpt"
+            recover(path)
             if self.subcommand == "fit" and not path.exists():
                 path = None
         if path is not None:
-            _check_checkpoint(Path(path), _RESUMABLE if self.subcommand == "fit" else _LOADABLE)
+            needed = _RESUMABLE if self.subcommand == "fit" else _LOADABLE
+            _check_checkpoint(Path(path), needed, may_be_sharded=_is_sharded_strategy(config.trainer.strategy))
         config.ckpt_path = None if path is None else str(path)
         if self.subcommand != "predict":
             _check_writable(root)
@@ -130,6 +136,8 @@ class LoopLMCLI(LightningCLI):
         if self._run_config.trainer.logger in (None, True):
             kwargs["logger"] = TensorBoardLogger(self._run_config.trainer.default_root_dir, name="", version="")
         trainer: Any = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = DurableCheckpointIO()
         if trainer.progress_bar_callback is not None and not sys.stdout.isatty():
             # A file has no lines to redraw: fewer updates keep a log readable.
             trainer.callbacks.remove(trainer.progress_bar_callback)
@@ -199,7 +207,19 @@ _LOADABLE = frozenset({"state_dict", "hyper_parameters", "pytorch-lightning_vers
 _RESUMABLE = _LOADABLE | {"optimizer_states", "lr_schedulers", "loops", "callbacks", "global_step", "epoch"}
 
 
-def _check_checkpoint(path: Path, needed: frozenset[str]) -> None:
+def _is_sharded_strategy(strategy: Any) -> bool:
+    return getattr(strategy, "class_path", "").rsplit(".", 1)[-1] == ShardedStrategy.__name__
+
+
+def _check_checkpoint(path: Path, needed: frozenset[str], *, may_be_sharded: bool) -> None:
+    if is_sharded(path):
+        if not may_be_sharded:
+            raise InputError(
+                f"`ckpt_path` {str(path)!r} is sharded, which only the strategy ShardedStrategy reads: "
+                f"`python -m looplm consolidate {path} FILE` makes one file of it."
+            )
+        _check_keys(path, read_sharded(path), needed)
+        return
     if not path.is_file():
         raise InputError(f"`ckpt_path` must be a checkpoint file, got {str(path)!r}, which does not exist.")
     try:
@@ -212,6 +232,10 @@ def _check_checkpoint(path: Path, needed: frozenset[str]) -> None:
         raise InputError(
             f"`ckpt_path` {str(path)!r} cannot be read: damaged, or no checkpoint ({type(error).__name__})."
         ) from None
+    _check_keys(path, content, needed)
+
+
+def _check_keys(path: Path, content: Any, needed: frozenset[str]) -> None:
     missing = sorted(needed - set(content)) if isinstance(content, Mapping) else sorted(needed)
     if missing:
         raise InputError(
