@@ -119,14 +119,14 @@ def _numbered(state: dict[str, Any], names: list[str]) -> dict[str, Any]:
 
 
 def swap(draft: Path, path: Path) -> None:
-    """Put the complete folder ``draft`` in the place of ``path``; :func:`recover` mends what a kill leaves."""
+    """Put a complete ``draft``, folder or file, in the place of ``path``; :func:`recover` mends what a kill leaves."""
     old = _old(path)
     shutil.rmtree(old, ignore_errors=True)
-    if path.is_file():
+    if path.is_file() and draft.is_dir():
         path.unlink()
-    elif path.exists():
+    elif path.is_dir():
         path.rename(old)
-    draft.rename(path)
+    draft.replace(path)
     shutil.rmtree(old, ignore_errors=True)
 
 

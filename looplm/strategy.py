@@ -47,11 +47,15 @@ class ShardedStrategy(ModelParallelStrategy):
         Raises:
             InputError: If a rank cannot write its part; the checkpoint before is then whole.
         """
-        if not self._save_distributed_checkpoint:
-            super().save_checkpoint(checkpoint, filepath, storage_options)
-            return
         path = Path(self.broadcast(filepath))
         draft = path.with_name(f".{path.name}.saving")
+        if not self._save_distributed_checkpoint:
+            if self.is_global_zero:
+                # A folder that an earlier run has left there goes when the file is complete.
+                self.checkpoint_io.save_checkpoint(checkpoint, draft if path.is_dir() else path)
+                if path.is_dir():
+                    swap(draft, path)
+            return
         try:
             super().save_checkpoint(checkpoint, draft, storage_options)
             failure = None

@@ -24,6 +24,7 @@ from lightning.pytorch.utilities import rank_zero_info
 # The classes are imported so that configs can name them without their path.
 from looplm.callbacks.depth_accuracy import DepthAccuracyCurve
 from looplm.corpora.arithmetic import ArithmeticDataModule
+from looplm.commands.processes import die_with_parent, lost_process
 from looplm.durable import DurableCheckpointIO
 from looplm.errors import InputError
 from looplm.module import LoopLM
@@ -252,6 +253,7 @@ def run(argv: Sequence[str]) -> LoopLMCLI:
     Raises:
         InputError: If config, data or checkpoint are wrong.
     """
+    die_with_parent()
     for message in _IRRELEVANT_WARNINGS:
         warnings.filterwarnings("ignore", message)
     try:
@@ -268,3 +270,10 @@ def run(argv: Sequence[str]) -> LoopLMCLI:
         )
     except MisconfigurationException as error:  # Lightning's word for an error of the user's
         raise InputError(str(error)) from error
+    except RuntimeError as error:
+        if not lost_process(error):
+            raise
+        raise InputError(
+            "another process of this run has ended or cannot be reached, so this one ends too; its own lines say why. "
+            f"`--ckpt_path last` goes on from the last checkpoint. ({str(error).splitlines()[0][:200]})"
+        ) from error
