@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 
 from looplm.errors import InputError
 
-__all__ = ["DurableCheckpointIO", "replaced", "sync_directory"]
+__all__ = ["DurableCheckpointIO", "replaced", "save_whole", "sync_directory"]
 
 _SUFFIX = ".saving"
 
@@ -55,21 +54,35 @@ def replaced(path: Path) -> Iterator[IO[bytes]]:
 
 
 class _Pipe:
-    """What ``torch.save`` writes to; keeps the error that its C++ writer would replace by its own."""
+    """What ``torch.save`` writes to. After an error it takes what comes and drops it: torch's writer never gives up."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = self.error or error
-            raise
+        if self.error is None:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
+        return memoryview(data).nbytes
 
     def flush(self) -> None:
-        self.file.flush()
+        pass
+
+
+def save_whole(content: Any, path: Path) -> None:
+    """Write what ``torch.save`` makes of ``content``; see :func:`replaced`.
+
+    Raises:
+        InputError: If it cannot be written; ``path`` is then as before.
+    """
+    with replaced(path) as file:
+        pipe = _Pipe(file)
+        torch.save(content, cast(IO[bytes], pipe))
+        if pipe.error is not None:
+            raise pipe.error
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -84,12 +97,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):  # not a file of this machine
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        with replaced(Path(path)) as file:
-            pipe = _Pipe(file)
-            try:
-                torch.save(checkpoint, cast(IO[bytes], pipe))
-            except (OSError, RuntimeError) as error:
-                raise pipe.error or (error if isinstance(error, OSError) else OSError(errno.EIO, str(error))) from error
+        save_whole(checkpoint, Path(path))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint; ``weights_only`` is true unless it is set to False."""

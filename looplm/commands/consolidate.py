@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from looplm.commands.arguments import Parser
-from looplm.durable import replaced
+from looplm.durable import save_whole
 from looplm.errors import InputError
 from looplm.sharded_checkpoints import read_sharded
 
@@ -24,6 +22,5 @@ def run(argv: Sequence[str]) -> int:
     if args.output.exists():
         raise InputError(f"the output must be a new file, got {str(args.output)!r}.")
     content = read_sharded(args.checkpoint)
-    with replaced(args.output) as file:
-        torch.save(content, file)
+    save_whole(content, args.output)
     return 0

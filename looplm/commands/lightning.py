@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import tempfile
 import warnings
@@ -20,11 +21,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 # The classes are imported so that configs can name them without their path.
 from looplm.callbacks.depth_accuracy import DepthAccuracyCurve
-from looplm.corpora.arithmetic import ArithmeticDataModule
+from looplm.callbacks.non_finite import NonFiniteGuard
+from looplm.callbacks.preemption import SaveOnSignal
 from looplm.commands.processes import die_with_parent, lost_process
+from looplm.corpora.arithmetic import ArithmeticDataModule
 from looplm.durable import DurableCheckpointIO
 from looplm.errors import InputError
 from looplm.module import LoopLM
@@ -75,6 +79,7 @@ class LoopLMCLI(LightningCLI):
         """Add the checkpoint and the curve; let data and seed decide what follows from them."""
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(DepthAccuracyCurve, "curve")
+        parser.add_lightning_class_args(NonFiniteGuard, "guard")
         # Without a version counter a second fit in the same directory replaces last.ckpt, which is what `test` reads.
         parser.set_defaults(
             {
@@ -139,6 +144,7 @@ class LoopLMCLI(LightningCLI):
         trainer: Any = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = DurableCheckpointIO()
+        trainer.callbacks.insert(0, SaveOnSignal())  # before the checkpoints, which come last
         if trainer.progress_bar_callback is not None and not sys.stdout.isatty():
             # A file has no lines to redraw: fewer updates keep a log readable.
             trainer.callbacks.remove(trainer.progress_bar_callback)
@@ -270,6 +276,8 @@ def run(argv: Sequence[str]) -> LoopLMCLI:
         )
     except MisconfigurationException as error:  # Lightning's word for an error of the user's
         raise InputError(str(error)) from error
+    except SIGTERMException:
+        raise SystemExit(128 + signal.SIGTERM) from None
     except RuntimeError as error:
         if not lost_process(error):
             raise

@@ -127,9 +127,7 @@ def test_run_goes_on_with_another_number_of_processes(
     # Without a penalty nothing but the samples depends on the rank: batches of 4 on two are batches of 8 on one.
     plain = ["--model.objective.penalty=null", "--model.objective.penalty_weight=0"]
     one = ["fit", "--config", base, *plain, "--data.batch_size=8"]
-    two = {
-        name: ["fit", "--config", base, *RUNS[name][2], *plain, "--data.batch_size=4"] for name in ("ddp", "fsdp")
-    }
+    two = {name: ["fit", "--config", base, *RUNS[name][2], *plain, "--data.batch_size=4"] for name in ("ddp", "fsdp")}
     commands = {"one": one, **two}
     folder, whole = tmp_path / "cut", tmp_path / "whole"
     run_looplm(*commands[before], "--trainer.max_steps=2", f"--trainer.default_root_dir={folder}")
