@@ -14,6 +14,7 @@ from looplm import NonFiniteGuard
 from looplm.errors import InputError
 
 BAD = float("nan")
+pytestmark = pytest.mark.filterwarnings("ignore:.*is skipped.*")
 
 
 class Line(L.LightningModule):
