@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, get_args
 
@@ -68,13 +69,13 @@ def test_forced_product_that_works_stays() -> None:
             JacobianPenalty(method="finite_difference"),
             None,
             "bf16-true",
-            r"one of \('auto', 'jvp', 'vjp'\) under single",
+            r"\('auto', 'jvp', 'vjp'\) under single",
         ),
         (
             JacobianPenalty(method="jvp"),
             FSDPStrategy(),
             "32-true",
-            r"'vjp'\) under fsdp1 at precision 32-true, got 'jvp'",
+            r"under fsdp1 at .* got 'jvp'",
         ),
     ],
 )
@@ -88,13 +89,10 @@ def test_authors_release_needs_double_backward() -> None:
 
 
 def test_auto_outside_of_a_run_follows_the_state() -> None:
-    weight = torch.full((4, 4), 0.1)
     for dtype in (torch.float32, torch.bfloat16):
+        # It refuses a state of another type, which finite differences would bring.
+        step = partial(torch.matmul, other=torch.full((4, 4), 0.1, dtype=dtype))
         hidden = torch.ones(2, 3, 4, dtype=dtype)
-
-        def step(h: torch.Tensor, weight: torch.Tensor = weight.to(dtype)) -> torch.Tensor:
-            return h @ weight  # refuses a state of another type, which finite differences would bring
-
         value = JacobianPenalty()(step, hidden, hidden, None, torch.Generator().manual_seed(0))
         assert value.isfinite()
 
