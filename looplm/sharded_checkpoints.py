@@ -17,13 +17,13 @@ import torch
 from lightning.fabric.utilities.load import _METADATA_FILENAME
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from looplm.errors import InputError
 
-__all__ = ["is_sharded", "read_sharded", "recover", "swap"]
+__all__ = ["check_sharded", "is_sharded", "read_sharded", "recover", "swap"]
 
 _ALLOWED = {
     "torch.distributed.checkpoint.metadata": {
@@ -71,6 +71,11 @@ class _Planner(_EmptyStateDictLoadPlanner):
         super().load_bytes(read_item, value)
 
 
+class _BytesPlanner(_Planner):
+    def _should_include_key(self, key: str, metadata: Metadata) -> bool:
+        return isinstance(metadata.state_dict_metadata[key], BytesStorageMetadata)
+
+
 def is_sharded(path: Path) -> bool:
     """Return whether a path is a sharded checkpoint: a folder with the file that is written last."""
     return path.is_dir() and (path / _METADATA_FILENAME).is_file() and (path / ".metadata").is_file()
@@ -92,30 +97,48 @@ def read_sharded(path: Path) -> dict[str, Any]:
         content: dict[str, Any] = torch.load(path / _METADATA_FILENAME, weights_only=True)
         shards: dict[str, Any] = {}
         _load_state_dict(shards, storage_reader=_Reader(path), planner=_Planner(), no_dist=True)
-        weights = shards["state_dict"]
         optimizers = [shards[name] for name in sorted(name for name in shards if name.startswith("optimizer_"))]
         content |= {
             "state_dict": weights,
             "optimizer_states": [_numbered(state, list(weights)) for state in optimizers],
         }
     except Exception as error:
-        raise InputError(
-            f"{str(path)!r} is no sharded checkpoint of looplm, or damaged: {type(error).__name__}: {str(error)[:200]}"
-        ) from None
+        raise _refusal(path, error) from None
     return content
 
 
-def _numbered(state: dict[str, Any], names: list[str]) -> dict[str, Any]:
+def check_sharded(path: Path) -> set[str]:
+    """Return the top-level keys of a sharded checkpoint after reading all of it that torch would unpickle.
+
+    Tensors are left alone: torch reads them without running code.
+
+    Raises:
+        InputError: If it is damaged or holds what could run code.
+    """
+    try:
+        content = torch.load(path / _METADATA_FILENAME, weights_only=True)
+        reader = _Reader(path)
+        names = reader.read_metadata().state_dict_metadata
+        _load_state_dict({}, storage_reader=_Reader(path), planner=_BytesPlanner(), no_dist=True)
+    except Exception as error:
+        raise _refusal(path, error) from None
+    roots = {"optimizer_states" if name.startswith("optimizer_") else name.split(".")[0] for name in names}
+    return {*content, *roots}
+
+
+def _refusal(path: Path, error: Exception) -> InputError:
+    reason = f"{type(error).__name__}: {str(error)[:200]}"
+    return InputError(f"{str(path)!r} is no sharded checkpoint of looplm, or damaged: {reason}")
+
+
+def _numbered(state: dict[str, Any]) -> dict[str, Any]:
     """Return an optimiser's state by parameter number in place of name, in the order of its groups."""
     groups: list[dict[str, Any]] = []
-    by_name: dict[str, Any] = state.get("state", {})
     number: dict[str, int] = {}
     for group in state["param_groups"]:
-        # The order in which the optimiser was given them is that of the module, which the weights keep.
-        members = sorted(group["params"], key=names.index)
-        number |= {name: len(number) + offset for offset, name in enumerate(members)}
-        groups.append({**group, "params": [number[name] for name in members]})
-    return {"state": {number[name]: values for name, values in by_name.items()}, "param_groups": groups}
+        number |= {name: len(number) + offset for offset, name in enumerate(group["params"])}
+        groups.append({**group, "params": [number[name] for name in group["params"]]})
+    return {"state": {number[name]: values for name, values in state.get("state", {}).items()}, "param_groups": groups}
 
 
 def swap(draft: Path, path: Path) -> None:

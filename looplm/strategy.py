@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from looplm.durable import sync_directory
 from looplm.errors import InputError
-from looplm.sharded_checkpoints import is_sharded, read_sharded, swap
+from looplm.sharded_checkpoints import check_sharded, is_sharded, swap
 
 __all__ = ["ShardedStrategy"]
 
@@ -76,5 +76,5 @@ class ShardedStrategy(ModelParallelStrategy):
         """Read a checkpoint file or folder, written by any number of processes, without running code."""
         path = Path(checkpoint_path)
         if is_sharded(path):
-            read_sharded(path)  # refuses what torch's own reader would run
+            check_sharded(path)  # refuses what torch's own reader would run
         return super().load_checkpoint(path, weights_only=True)

@@ -32,7 +32,7 @@ from looplm.corpora.arithmetic import ArithmeticDataModule
 from looplm.durable import DurableCheckpointIO
 from looplm.errors import InputError
 from looplm.module import LoopLM
-from looplm.sharded_checkpoints import is_sharded, read_sharded, recover
+from looplm.sharded_checkpoints import check_sharded, is_sharded, recover
 from looplm.strategy import ShardedStrategy
 
 __all__ = ["LoopLMCLI", "run"]
@@ -225,7 +225,7 @@ def _check_checkpoint(path: Path, needed: frozenset[str], *, may_be_sharded: boo
                 f"`ckpt_path` {str(path)!r} is sharded, which only the strategy ShardedStrategy reads: "
                 f"`python -m looplm consolidate {path} FILE` makes one file of it."
             )
-        _check_keys(path, read_sharded(path), needed)
+        _check_keys(path, dict.fromkeys(check_sharded(path)), needed)
         return
     if not path.is_file():
         raise InputError(f"`ckpt_path` must be a checkpoint file, got {str(path)!r}, which does not exist.")

@@ -140,3 +140,33 @@ def test_run_goes_on_with_another_number_of_processes(
     assert momenta[0].keys() == momenta[1].keys()
     for number, state in momenta[0].items():
         torch.testing.assert_close(state["momentum_buffer"], momenta[1][number]["momentum_buffer"], atol=1e-5, rtol=0)
+
+
+def test_sharded_checkpoint_becomes_the_file_that_one_process_would_have_written(
+    base: Path, tmp_path: Path, trained: Any
+) -> None:
+    folder, file = tmp_path / "run", tmp_path / "one.ckpt"
+    shards = ["--trainer.strategy.init_args.save_distributed_checkpoint=true", "--checkpoint.save_top_k=1"]
+    run_looplm("fit", "--config", base, *RUNS["fsdp"][2], *shards, f"--trainer.default_root_dir={folder}")
+    last = folder / "checkpoints" / "last.ckpt"
+    assert {path.suffix for path in last.glob("*_0.distcp")} == {".distcp"}
+    assert main(["consolidate", str(last), str(file)]) == 0
+    found, expected = torch.load(file, weights_only=True), saved(trained("fsdp"), STEPS)
+    assert found.keys() == expected.keys()
+    assert largest_difference(found["state_dict"], expected["state_dict"]) == 0
+    momenta = [content["optimizer_states"][0]["state"] for content in (found, expected)]
+    assert momenta[0].keys() == momenta[1].keys()
+    assert all(torch.equal(momenta[0][k]["momentum_buffer"], momenta[1][k]["momentum_buffer"]) for k in momenta[0])
+    assert main(["test", "--config", str(base), f"--ckpt_path={file}", f"--trainer.default_root_dir={folder}"]) == 0
+    assert main(["export", str(file), str(tmp_path / "exported")]) == 0
+
+
+def test_every_sample_is_validated_once_on_two_sharded_processes(base: Path, tmp_path: Path, trained: Any) -> None:
+    # 21 samples on two ranks: the distributed sampler repeats one.
+    last = trained("fsdp") / "checkpoints" / "last.ckpt"
+    argv = ["test", "--config", str(base), f"--ckpt_path={last}"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main([*argv, f"--trainer.default_root_dir={one}"]) == 0
+    run_looplm(*argv, *RUNS["fsdp"][2], f"--trainer.default_root_dir={two}")
+    assert (two / "test_curve.csv").read_text() == (one / "test_curve.csv").read_text()
+    assert '"num_samples": 21' in (two / "test_summary.json").read_text()
