@@ -97,11 +97,9 @@ def read_sharded(path: Path) -> dict[str, Any]:
         content: dict[str, Any] = torch.load(path / _METADATA_FILENAME, weights_only=True)
         shards: dict[str, Any] = {}
         _load_state_dict(shards, storage_reader=_Reader(path), planner=_Planner(), no_dist=True)
-        optimizers = [shards[name] for name in sorted(name for name in shards if name.startswith("optimizer_"))]
-        content |= {
-            "state_dict": weights,
-            "optimizer_states": [_numbered(state, list(weights)) for state in optimizers],
-        }
+        states = [shards[name] for name in sorted(shards) if name.startswith("optimizer_")]
+        content["state_dict"] = shards["state_dict"]
+        content["optimizer_states"] = [_numbered(state) for state in states]
     except Exception as error:
         raise _refusal(path, error) from None
     return content
