@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.load import _METADATA_FILENAME
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
@@ -23,7 +24,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from looplm.errors import InputError
 
-__all__ = ["check_sharded", "is_sharded", "read_sharded", "recover", "swap"]
+__all__ = ["check_sharded", "first_failure", "is_sharded", "read_sharded", "recover", "swap"]
 
 _ALLOWED = {
     "torch.distributed.checkpoint.metadata": {
@@ -100,7 +101,7 @@ def read_sharded(path: Path) -> dict[str, Any]:
         states = [shards[name] for name in sorted(shards) if name.startswith("optimizer_")]
         content["state_dict"] = shards["state_dict"]
         content["optimizer_states"] = [_numbered(state) for state in states]
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         raise _refusal(path, error) from None
     return content
 
@@ -118,14 +119,21 @@ def check_sharded(path: Path) -> set[str]:
         reader = _Reader(path)
         names = reader.read_metadata().state_dict_metadata
         _load_state_dict({}, storage_reader=_Reader(path), planner=_BytesPlanner(), no_dist=True)
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         raise _refusal(path, error) from None
     roots = {"optimizer_states" if name.startswith("optimizer_") else name.split(".")[0] for name in names}
     return {*content, *roots}
 
 
-def _refusal(path: Path, error: Exception) -> InputError:
-    reason = f"{type(error).__name__}: {str(error)[:200]}"
+def first_failure(error: BaseException) -> str:
+    """Return in one line what went wrong; torch gathers the errors of all ranks in one, which is no ``Exception``."""
+    while isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _refusal(path: Path, error: BaseException) -> InputError:
+    reason = first_failure(error)
     return InputError(f"{str(path)!r} is no sharded checkpoint of looplm, or damaged: {reason}")
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.checkpoint.api import CheckpointException
 
 from looplm.durable import sync_directory
 from looplm.errors import InputError
-from looplm.sharded_checkpoints import check_sharded, is_sharded, swap
+from looplm.sharded_checkpoints import check_sharded, first_failure, is_sharded, swap
 
 __all__ = ["ShardedStrategy"]
 
@@ -59,8 +60,8 @@ class ShardedStrategy(ModelParallelStrategy):
         try:
             super().save_checkpoint(checkpoint, draft, storage_options)
             failure = None
-        except Exception as error:  # torch gathers the errors of all ranks and raises them on each
-            failure = f"{type(error).__name__}: {error}"
+        except (Exception, CheckpointException) as error:  # torch gathers the errors of all ranks, raises them on each
+            failure = first_failure(error)
         self.barrier()
         if failure is not None:
             raise InputError(f"the checkpoint {str(path)!r} could not be written; the one before is whole. {failure}")
