@@ -55,7 +55,7 @@ def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def wait_for(path: Path, process: Any, seconds: float = 120) -> bool:
+def wait_for(path: Path, process: Any, seconds: float = 300) -> bool:
     """Return whether a path appeared before the process ended."""
     deadline = time.monotonic() + seconds
     while not os.path.lexists(path):
