@@ -39,10 +39,13 @@ _HOME = {
     "LoopedModel": "looplm.loop",
     "LoopedTransformer": "looplm.model",
     "MathDataModule": "looplm.corpora.mathematics",
+    "NonFiniteGuard": "looplm.callbacks.non_finite",
     "PoissonDepth": "looplm.depth",
     "ResidualExit": "looplm.exits",
     "STARSObjective": "looplm.objective",
+    "SaveOnSignal": "looplm.callbacks.preemption",
     "ScheduledDepth": "looplm.depth",
+    "ShardedStrategy": "looplm.strategy",
     "StabilityWarning": "looplm.callbacks.stability_warning",
     "StarsReleasePenalty": "looplm.stability.penalty",
     "TokenStep": "looplm.generation",
@@ -66,6 +69,8 @@ if TYPE_CHECKING:
     from looplm.callbacks.depth_accuracy import DepthAccuracyCurve
     from looplm.callbacks.graded_answers import GradedAnswers
     from looplm.callbacks.latent_dynamics import LatentDynamicsMonitor
+    from looplm.callbacks.non_finite import NonFiniteGuard
+    from looplm.callbacks.preemption import SaveOnSignal
     from looplm.callbacks.stability_warning import StabilityWarning
     from looplm.checkpoints import from_pretrained, save_pretrained
     from looplm.config import LoopedConfig
@@ -106,6 +111,7 @@ if TYPE_CHECKING:
     from looplm.module import LoopLM
     from looplm.objective import STARSObjective
     from looplm.stability.penalty import JacobianPenalty, LastStepPenalty, StarsReleasePenalty
+    from looplm.strategy import ShardedStrategy
 
 
 def __getattr__(name: str) -> Any:

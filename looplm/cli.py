@@ -24,6 +24,7 @@ _OWN = {
     "import": "a Hugging Face directory (Ouro, Huginn, our own) becomes a checkpoint",
     "export": "a checkpoint becomes a Hugging Face directory",
     "generate": "write a corpus of word problems with worked solutions",
+    "consolidate": "a sharded checkpoint becomes one file",
     "exits": "accuracy by loops of every exit and by memory of every cache",
     "eval": "run tasks of lm-evaluation-harness at any depth",
     "compare": "curves of several runs in one table and one picture",

@@ -6,19 +6,35 @@ Knows nothing of transformers, text or training: any module with these three met
 from __future__ import annotations
 
 import contextlib
+import math
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
-__all__ = ["CachedLoopedModel", "Hidden", "LoopState", "LoopedModel", "check_depths", "unroll", "unroll_at"]
+__all__ = [
+    "CachedLoopedModel",
+    "Hidden",
+    "LoopState",
+    "LoopedModel",
+    "SegmentLength",
+    "check_depths",
+    "last_states",
+    "unroll",
+    "unroll_at",
+]
 
 Hidden: TypeAlias = Tensor | dict[str, Tensor]
 """A latent state: one tensor ``(B, …)`` or a dict of them."""
+
+SegmentLength: TypeAlias = int | Literal["sqrt"]
+"""Loops between two states that are kept: a number, or ``sqrt``: ⌈√t⌉ of the t loops that are differentiated."""
 
 
 @dataclass(frozen=True)
@@ -169,3 +185,67 @@ def unroll_at(model: LoopedModel, state: LoopState, depths: Sequence[int]) -> It
         if depth == target:
             yield depth, current
             target = next(wanted, -1)
+
+
+def last_states(
+    model: LoopedModel,
+    state: LoopState,
+    num_loops: int,
+    backprop_loops: int | None = None,
+    checkpoint_loops: SegmentLength | None = None,
+) -> tuple[LoopState, LoopState]:
+    """Return the last two states of :func:`unroll`; without a loop both are ``state``.
+
+    With ``checkpoint_loops`` the backward pass runs the loops of a segment a second time instead of keeping what is in
+    them: the same gradients (dropout included) for one more forward pass, in the memory of one segment and one state a
+    segment. ``sqrt`` balances the two (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
+
+    Args:
+        model: Any looped model.
+        state: Where to start.
+        num_loops: How many steps to apply, at least 0.
+        backprop_loops: See :func:`unroll`.
+        checkpoint_loops: Loops a segment; None: everything is kept.
+
+    Returns:
+        The state before the last and the last.
+
+    Example:
+        >>> class Halving:
+        ...     def step(self, state):
+        ...         return state.advance(state.hidden / 2)
+        >>> previous, last = last_states(Halving(), LoopState(torch.ones(1)), 3, checkpoint_loops="sqrt")
+        >>> previous.hidden.item(), last.hidden.item(), last.depth
+        (0.25, 0.125, 3)
+    """
+    previous = state
+    frozen_loops = 0 if backprop_loops is None else max(num_loops - backprop_loops, 0)
+    if checkpoint_loops is None or not torch.is_grad_enabled():
+        return _last_two(unroll(model, state, num_loops, backprop_loops), previous)
+    if frozen_loops:
+        previous, state = _last_two(unroll(model, state, frozen_loops, 0), previous)
+    left = num_loops - frozen_loops
+    length = math.ceil(math.sqrt(left)) if checkpoint_loops == "sqrt" else checkpoint_loops
+    while left > 0:
+        size = min(length, left)
+        before = state
+
+        def segment(hidden: Hidden, before: LoopState = before, size: int = size) -> tuple[Hidden, Hidden]:
+            first = replace(before, hidden=hidden)
+            earlier, later = _last_two(unroll(model, first, size), first)
+            return earlier.hidden, later.hidden
+
+        # The context is read from the closure: saved-tensor hooks find it there, and its gradient is exact.
+        hidden, last = checkpoint(segment, before.hidden, use_reentrant=False)
+        previous = replace(before, hidden=hidden, depth=before.depth + size - 1)
+        state = replace(before, hidden=last, depth=before.depth + size)
+        left -= size
+    return previous, state
+
+
+def _last_two(states: Iterator[LoopState], previous: LoopState) -> tuple[LoopState, LoopState]:
+    kept = deque([previous, previous], maxlen=2)
+    for index, state in enumerate(states):
+        if index > 0:
+            kept.append(state)
+    return kept[0], kept[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning as L
@@ -23,6 +23,7 @@ from looplm.generation import generate, generate_at_depths, predictions_at_depth
 from looplm.loop import Hidden, LoopState, check_depths
 from looplm.model import LoopedTransformer
 from looplm.objective import STARSObjective
+from looplm.parallel import choose_product, count_labels, shard_looped
 from looplm.randomness import StepKey
 
 __all__ = ["LRSchedule", "LoopLM"]
@@ -183,6 +184,20 @@ class LoopLM(L.LightningModule):
         """See :meth:`~looplm.model.LoopedTransformer.make_cache`."""
         return self.model.make_cache(batch_size, max_tokens, num_loops, policy)
 
+    def configure_model(self) -> None:
+        """Shard the model where the strategy is FSDP 2; see :func:`~looplm.parallel.shard_looped`."""
+        if self._device_mesh is not None:
+            shard_looped(self, [*self.model.prelude, *self.model.coda], self._device_mesh)
+
+    def on_fit_start(self) -> None:
+        """Choose the penalty's product for this strategy and precision, and say which.
+
+        Raises:
+            InputError: If the config names a product that does not work there.
+        """
+        if self.objective.penalty is not None:
+            self.objective = replace(self.objective, penalty=choose_product(self.objective.penalty, self.trainer))
+
     def _step_key(self) -> StepKey:
         return StepKey(
             seed=self.seed,
@@ -196,7 +211,7 @@ class LoopLM(L.LightningModule):
         key = self._step_key()
         # Dropout reads the global state; seeding it from the key makes resumed runs exact.
         torch.manual_seed(key.fold("dropout"))
-        out = self.objective(self.model, batch, key)
+        out = self.objective(self.model, batch, key, count_labels(batch["labels"], self.trainer))
         right = (out.logits.argmax(-1) == batch["labels"]) | (batch["labels"] == -100)
         exact_match = _share_all_right(right, batch.get("attention_mask"))
         shown: dict[str, Any] = {"loss": out.loss.detach(), "exact_match": exact_match}

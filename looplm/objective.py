@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from looplm.depth import DepthSampler
-from looplm.loop import LoopedModel, LoopState, unroll
+from looplm.loop import LoopedModel, LoopState, SegmentLength, last_states
 from looplm.randomness import StepKey
 from looplm.stability.penalty import Penalty
 
@@ -86,6 +86,9 @@ class STARSObjective:
     Where t is larger, what only h₀ depends on (prelude, position table, token table of an untied head) gets no gradient
     unless the input is injected at every step.
     """
+    checkpoint_loops: SegmentLength | None = None
+    """Activation checkpointing: keep one state every that many loops and compute the rest again in the backward pass;
+    ``sqrt``: every ⌈√t⌉; None: keep everything. See :func:`~looplm.loop.last_states`."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.penalty_weight <= 1:
@@ -103,6 +106,9 @@ class STARSObjective:
                 raise ValueError(f"`{name}` has no effect without a `penalty`, got {value}.")
         if self.backprop_loops is not None and self.backprop_loops < 1:
             raise ValueError(f"`backprop_loops` must be >= 1, got {self.backprop_loops}.")
+        length = self.checkpoint_loops
+        if length is not None and length != "sqrt" and (isinstance(length, str) or length < 1):
+            raise ValueError(f"`checkpoint_loops` must be >= 1, 'sqrt' or null, got {length!r}.")
 
     def weight_at(self, optimizer_step: int) -> float:
         """Return λ at an optimiser step."""
@@ -112,7 +118,9 @@ class STARSObjective:
         ramp = min(since / self.penalty_ramp_steps, 1.0) if self.penalty_ramp_steps else 1.0
         return self.penalty_weight * ramp
 
-    def __call__(self, model: LoopedModel, batch: Mapping[str, Any], key: StepKey) -> ObjectiveOutput:
+    def __call__(
+        self, model: LoopedModel, batch: Mapping[str, Any], key: StepKey, num_labels: Tensor | None = None
+    ) -> ObjectiveOutput:
         """Run the loops and the penalty on one micro-batch.
 
         Args:
@@ -120,16 +128,17 @@ class STARSObjective:
             batch: ``input_ids`` (what ``embed`` takes), ``labels`` ``(B, …)`` aligned with the logits, −100 = ignored,
                 and optionally ``attention_mask`` ``(B, T)``. A packed row counts as one sequence in the penalty.
             key: Names the micro-batch; all randomness derives from it.
+            num_labels: Labelled tokens that the cross-entropy is a mean over, a scalar; None: those of this batch.
+                Where gradients are averaged over processes, the mean number over these gives the mean over all tokens.
         """
         depth = self.depth_sampler.sample(key)
         state = model.embed(batch["input_ids"], batch.get("attention_mask"))
-        previous = state
-        for index, following in enumerate(unroll(model, state, depth, self.backprop_loops)):
-            previous, state = (following if index == 0 else state), following
+        previous, state = last_states(model, state, depth, self.backprop_loops, self.checkpoint_loops)
         logits = model.decode(state)
         labels = batch["labels"].flatten()
         losses = F.cross_entropy(logits.flatten(0, -2).float(), labels, ignore_index=-100, reduction="sum")
-        cross_entropy = losses / (labels != -100).sum().clamp_min(1)  # a batch without labels gives 0, not NaN
+        count = (labels != -100).sum() if num_labels is None else num_labels
+        cross_entropy = losses / count.masked_fill(count == 0, 1)  # a batch without labels gives 0, not NaN
         weight = self.weight_at(key.optimizer_step)
         penalty = None
         loss = cross_entropy

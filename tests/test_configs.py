@@ -20,14 +20,21 @@ def _read(path: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
+OVERLAYS = CONF / "overlays"
+STRATEGIES = [OVERLAYS / f"{name}.yaml" for name in ("ddp", "deepspeed", "fsdp")]
 MATHS = {*CONF.glob("*math*.yaml"), *CONF.glob("eval/*.yaml")}  # see test_math_configs.py
-CONFIGS = sorted(set(CONF.rglob("*.yaml")) - MATHS)
-# A file that is no whole run is an overlay on the base.yaml beside it.
+# What needs several processes is run in tests/scale.
+CONFIGS = sorted(set(CONF.rglob("*.yaml")) - set(STRATEGIES) - MATHS)
+# A file that is no whole run is an overlay: on any run in conf/overlays, else on the base.yaml beside it.
 WHOLE = [path for path in CONFIGS if {"trainer", "model", "data"} <= _read(path).keys()]
 
 
 def _name(path: Path) -> str:
     return str(path.relative_to(CONF))
+
+
+def _base(path: Path) -> Path:
+    return CONF / "stars.yaml" if path.parent == OVERLAYS else path.with_name("base.yaml")
 
 
 def _merged(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,7 +53,7 @@ def test_there_are_whole_configs() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=_name)
 def test_config_trains_a_step_and_validates(path: Path, tmp_path: Path) -> None:
     # One step at a small size: what is tested is that every key exists and every object can be built.
-    files = [path] if path in WHOLE else [path.with_name("base.yaml"), path]
+    files = [path] if path in WHOLE else [_base(path), path]
     argv = [argument for file in files for argument in ("--config", str(file))]
     argv += [f"--trainer.default_root_dir={tmp_path}", "--trainer.accelerator=cpu", "--trainer.devices=1"]
     argv += ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
@@ -74,3 +81,29 @@ def test_whole_config_names_its_own_run_directory(path: Path) -> None:
     folders = [_read(other)["trainer"]["default_root_dir"] for other in WHOLE]
     # Two runs in one directory would overwrite each other.
     assert folders.count(_read(path)["trainer"]["default_root_dir"]) == 1
+
+
+@pytest.mark.parametrize("path", STRATEGIES, ids=_name)
+def test_strategy_can_be_laid_over_a_run(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["fit", "--config", str(CONF / "stars_plus.yaml"), "--config", str(path), "--print_config"]
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    assert ended.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)["trainer"]
+    strategy, wanted = printed["strategy"], _read(path)["trainer"]["strategy"]
+    if isinstance(wanted, dict):
+        assert strategy["class_path"].rsplit(".", 1)[-1] == wanted["class_path"]
+        assert wanted["init_args"].items() <= strategy["init_args"].items()
+    else:
+        assert strategy == wanted
+    assert printed["max_steps"] == _read(CONF / "stars_plus.yaml")["trainer"]["max_steps"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it trains")
+def test_deepspeed_without_gpu_is_one_clear_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    configs = [CONF / "stars.yaml", OVERLAYS / "deepspeed.yaml"]
+    argv = [argument for file in configs for argument in ("--config", str(file))]
+    assert main(["fit", *argv, f"--trainer.default_root_dir={tmp_path}"]) == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith("looplm: error: ")
+    assert "DeepSpeed" in line

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import signal
 import sys
 import tempfile
 import warnings
@@ -15,21 +16,29 @@ from typing import Any, NoReturn
 
 import lightning as L
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 # The classes are imported so that configs can name them without their path.
 import looplm
 from looplm.callbacks import graded_answers, latent_dynamics, stability_warning  # noqa: F401
 from looplm.callbacks.depth_accuracy import DepthAccuracyCurve
+from looplm.callbacks.non_finite import NonFiniteGuard
+from looplm.callbacks.preemption import SaveOnSignal
 from looplm.commands.messages import condense
+from looplm.commands.processes import die_with_parent, lost_process
 from looplm.corpora import bpe, mathematics, pretrained_tokenizer, text_tokenizer  # noqa: F401
 from looplm.corpora.arithmetic import ArithmeticDataModule
+from looplm.durable import DurableCheckpointIO
 from looplm.errors import InputError
 from looplm.module import LoopLM
+from looplm.sharded_checkpoints import check_sharded, is_sharded, recover
+from looplm.strategy import ShardedStrategy
 
 __all__ = ["LoopLMCLI", "run"]
 
@@ -84,6 +93,7 @@ class LoopLMCLI(LightningCLI):
         """Add the checkpoint and the curve; let data and seed decide what follows from them."""
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(DepthAccuracyCurve, "curve")
+        parser.add_lightning_class_args(NonFiniteGuard, "guard")
         # Without a version counter a second fit in the same directory replaces last.ckpt, which is what `test` reads.
         parser.set_defaults(
             {
@@ -128,10 +138,12 @@ class LoopLMCLI(LightningCLI):
         path = config.ckpt_path
         if (path is None and self.subcommand != "fit") or path == "last":
             path = root / "checkpoints" / "last.ckpt"
+            recover(path)
             if self.subcommand == "fit" and not path.exists():
                 path = None
         if path is not None:
-            _check_checkpoint(Path(path), _RESUMABLE if self.subcommand == "fit" else _LOADABLE)
+            needed = _RESUMABLE if self.subcommand == "fit" else _LOADABLE
+            _check_checkpoint(Path(path), needed, may_be_sharded=_is_sharded_strategy(config.trainer.strategy))
         config.ckpt_path = None if path is None else str(path)
         if self.subcommand != "predict":
             _check_writable(root)
@@ -144,6 +156,9 @@ class LoopLMCLI(LightningCLI):
         if self._run_config.trainer.logger in (None, True):
             kwargs["logger"] = TensorBoardLogger(self._run_config.trainer.default_root_dir, name="", version="")
         trainer: Any = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = DurableCheckpointIO()
+        trainer.callbacks.insert(0, SaveOnSignal())  # before the checkpoints, which come last
         if trainer.progress_bar_callback is not None and not sys.stdout.isatty():
             # A file has no lines to redraw: fewer updates keep a log readable.
             trainer.callbacks.remove(trainer.progress_bar_callback)
@@ -213,7 +228,19 @@ _LOADABLE = frozenset({"state_dict", "hyper_parameters", "pytorch-lightning_vers
 _RESUMABLE = _LOADABLE | {"optimizer_states", "lr_schedulers", "loops", "callbacks", "global_step", "epoch"}
 
 
-def _check_checkpoint(path: Path, needed: frozenset[str]) -> None:
+def _is_sharded_strategy(strategy: Any) -> bool:
+    return getattr(strategy, "class_path", "").rsplit(".", 1)[-1] == ShardedStrategy.__name__
+
+
+def _check_checkpoint(path: Path, needed: frozenset[str], *, may_be_sharded: bool) -> None:
+    if is_sharded(path):
+        if not may_be_sharded:
+            raise InputError(
+                f"`ckpt_path` {str(path)!r} is sharded, which only the strategy ShardedStrategy reads: "
+                f"`python -m looplm consolidate {path} FILE` makes one file of it."
+            )
+        _check_keys(path, dict.fromkeys(check_sharded(path)), needed)
+        return
     if not path.is_file():
         raise InputError(f"`ckpt_path` must be a checkpoint file, got {str(path)!r}, which does not exist.")
     try:
@@ -226,6 +253,10 @@ def _check_checkpoint(path: Path, needed: frozenset[str]) -> None:
         raise InputError(
             f"`ckpt_path` {str(path)!r} cannot be read: damaged, or no checkpoint ({type(error).__name__})."
         ) from None
+    _check_keys(path, content, needed)
+
+
+def _check_keys(path: Path, content: Any, needed: frozenset[str]) -> None:
     missing = sorted(needed - set(content)) if isinstance(content, Mapping) else sorted(needed)
     if missing:
         raise InputError(
@@ -242,6 +273,7 @@ def run(argv: Sequence[str]) -> LoopLMCLI:
     Raises:
         InputError: If config, data or checkpoint are wrong.
     """
+    die_with_parent()
     for message in _IRRELEVANT_WARNINGS:
         warnings.filterwarnings("ignore", message)
     try:
@@ -258,3 +290,12 @@ def run(argv: Sequence[str]) -> LoopLMCLI:
         )
     except MisconfigurationException as error:  # Lightning's word for an error of the user's
         raise InputError(str(error)) from error
+    except SIGTERMException:
+        raise SystemExit(128 + signal.SIGTERM) from None
+    except RuntimeError as error:
+        if not lost_process(error):
+            raise
+        raise InputError(
+            "another process of this run has ended or cannot be reached, so this one ends too; its own lines say why. "
+            f"`--ckpt_path last` goes on from the last checkpoint. ({str(error).splitlines()[0][:200]})"
+        ) from error

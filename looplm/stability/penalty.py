@@ -5,6 +5,7 @@ Takes callables and states; knows no model, no loss and no training.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -26,6 +27,8 @@ class Penalty(ABC):
 
     fraction: float = 1.0
     """Share of the sequences on which the term is computed."""
+    method: ProductName | Literal["auto"] | None = None
+    """The product that it differentiates, if it uses one."""
 
     @abstractmethod
     def __call__(
@@ -68,7 +71,9 @@ class JacobianPenalty(Penalty):
 
     Args:
         quantity: What is penalised.
-        method: The product: ``finite_difference`` (any kernel) or ``jvp`` (exact).
+        method: The product: ``finite_difference`` (any kernel), ``jvp`` (exact), ``vjp``, or ``auto``: what the run's
+            strategy and precision allow (``LoopLM`` decides and says so); outside of it finite differences, or ``jvp``
+            where the state is narrower than float32 without autocast.
         num_iterations: Products (``spectral_radius``, at least 2) or applications of ``JᵀJ`` (``spectral_norm``); 1 for
             ``mean_gain``.
         target: No penalty below it; a target < 1 for the spectral radius asks for stability and no more.
@@ -90,7 +95,7 @@ class JacobianPenalty(Penalty):
     def __init__(
         self,
         quantity: Quantity = "mean_gain",
-        method: ProductName = "finite_difference",
+        method: ProductName | Literal["auto"] = "auto",
         num_iterations: int = 1,
         target: float = 0.0,
         fraction: float = 1.0,
@@ -98,8 +103,9 @@ class JacobianPenalty(Penalty):
     ) -> None:
         if quantity not in get_args(Quantity):
             raise ValueError(f"`quantity` must be one of {get_args(Quantity)}, got {quantity!r}.")
-        if method not in PRODUCTS:
-            raise ValueError(f"`method` must be one of {get_args(ProductName)}, got {method!r}.")
+        if method != "auto" and method not in PRODUCTS:
+            raise ValueError(f"`method` must be one of {('auto', *get_args(ProductName))}, got {method!r}.")
+        _check_direction(quantity, method)
         least, most = {"mean_gain": (1, 1), "spectral_radius": (2, 10_000), "spectral_norm": (1, 10_000)}[quantity]
         if not least <= num_iterations <= most:
             raise ValueError(
@@ -112,7 +118,7 @@ class JacobianPenalty(Penalty):
         if lookahead < 0:
             raise ValueError(f"`lookahead` must be >= 0, got {lookahead}.")
         self.quantity = quantity
-        self.method = method
+        self.method: ProductName | Literal["auto"] = method
         self.num_iterations = num_iterations
         self.target = target
         self.fraction = fraction
@@ -131,6 +137,17 @@ class JacobianPenalty(Penalty):
         measured = self._measure(step_fn, hidden, mask, generator)
         return measured.mean() if self.target == 0 else (measured - self.target).clamp_min(0).mean()
 
+    def with_method(self, method: ProductName) -> JacobianPenalty:
+        """Return the same penalty with another product.
+
+        Raises:
+            ValueError: If the quantity cannot be measured by it.
+        """
+        _check_direction(self.quantity, method)
+        chosen = copy.copy(self)
+        chosen.method = method
+        return chosen
+
     def _ahead(self, step_fn: StepFn, hidden: Hidden, generator: torch.Generator) -> Hidden:
         if self.lookahead:
             num_loops = int(torch.randint(self.lookahead + 1, (), generator=generator, device=generator.device))
@@ -140,16 +157,29 @@ class JacobianPenalty(Penalty):
         return hidden
 
     def _measure(self, step_fn: StepFn, hidden: Hidden, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+        method = _usual_product(hidden) if self.method == "auto" else self.method
         if self.quantity == "mean_gain":
-            product = PRODUCTS[self.method](step_fn, hidden, random_unit(hidden, mask, generator))
+            product = PRODUCTS[method](step_fn, hidden, random_unit(hidden, mask, generator))
             return squared_norm(mask_padding(product, mask))
         if self.quantity == "spectral_radius":
             return spectral_radius(
-                step_fn, hidden, generator=generator, mask=mask, num_products=self.num_iterations, method=self.method
+                step_fn, hidden, generator=generator, mask=mask, num_products=self.num_iterations, method=method
             )
         return spectral_norm(
-            step_fn, hidden, generator=generator, mask=mask, num_iterations=self.num_iterations, method=self.method
+            step_fn, hidden, generator=generator, mask=mask, num_iterations=self.num_iterations, method=method
         )
+
+
+def _check_direction(quantity: Quantity, method: str) -> None:
+    if quantity == "spectral_norm" and method == "vjp":
+        raise ValueError("`quantity: spectral_norm` needs `J v`, got `method: vjp`: use `finite_difference` or `jvp`.")
+
+
+def _usual_product(hidden: Hidden) -> ProductName:
+    leaf = pytree.tree_leaves(hidden)[0]
+    # Under autocast the state may be narrow while the weights are float32, which is what counts.
+    narrow = torch.finfo(leaf.dtype).bits < 32 and not torch.is_autocast_enabled(leaf.device.type)
+    return "jvp" if narrow else "finite_difference"
 
 
 class StarsReleasePenalty(Penalty):
@@ -165,6 +195,8 @@ class StarsReleasePenalty(Penalty):
         >>> round(StarsReleasePenalty()(lambda x: 0.5 * x, h, h, None, torch.Generator()).item(), 4)
         0.25
     """
+
+    method = "vjp"
 
     def __call__(
         self,

@@ -1,0 +1,26 @@
+"""``consolidate``: the folder of a sharded checkpoint becomes one file, which a single process reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from looplm.commands.arguments import Parser
+from looplm.durable import save_whole
+from looplm.errors import InputError
+from looplm.sharded_checkpoints import read_sharded
+
+__all__ = ["run"]
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command; for its options see ``--help``."""
+    parser = Parser("consolidate", description=__doc__)
+    parser.add_argument("checkpoint", type=Path, metavar="DIR", help="a checkpoint that FSDP wrote in shards")
+    parser.add_argument("output", type=Path, metavar="CKPT", help="a file that does not exist yet")
+    args = parser.parse_args(argv)
+    if args.output.exists():
+        raise InputError(f"the output must be a new file, got {str(args.output)!r}.")
+    content = read_sharded(args.checkpoint)
+    save_whole(content, args.output)
+    return 0

@@ -1,0 +1,201 @@
+"""Whatever ends a process, the run goes on from its last checkpoint and ends with the same bits."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import resource
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forks import fork_looplm
+from processes import TWO_ON_CPU, environment, looplm_process
+
+LAST = "checkpoints/last.ckpt"
+STEPS = 40
+
+
+def fit(base: Path, folder: Path, *more: object) -> list[object]:
+    return [
+        *("fit", "--config", base, f"--trainer.default_root_dir={folder}", "--ckpt_path=last"),
+        *("--checkpoint.save_top_k=1", f"--trainer.max_steps={STEPS}", "--model.config.dropout=0.1", *more),
+    ]
+
+
+def finish(argv: list[object], output: Path) -> None:
+    process = fork_looplm(argv, output)
+    process.join(300)
+    assert process.exitcode == 0, output.read_text()
+
+
+def saved(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / LAST, weights_only=True)
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    one, two = saved(first), saved(second)
+    assert one["global_step"] == two["global_step"] == STEPS
+    weights = one["state_dict"], two["state_dict"]
+    assert [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])] == []
+
+
+@pytest.fixture(scope="session")
+def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("whole")
+    finish(fit(base, folder), folder / "output")
+    return folder
+
+
+def wait_for(path: Path, process: Any, seconds: float = 300) -> bool:
+    """Return whether a path appeared before the process ended."""
+    deadline = time.monotonic() + seconds
+    while not os.path.lexists(path):
+        if not process.is_alive():
+            return False
+        assert time.monotonic() < deadline, path
+        time.sleep(0.0002)
+    return True
+
+
+@pytest.mark.parametrize("num_kills", [pytest.param(3, id="3"), pytest.param(50, id="50", marks=pytest.mark.slow)])
+def test_killed_at_random_moments_the_run_ends_with_the_same_bits(
+    base: Path, whole: Path, tmp_path: Path, num_kills: int
+) -> None:
+    chance = random.Random(num_kills)
+    argv, folder, kills, in_writing = [], tmp_path / "run", 0, 0
+    argv = fit(base, folder)
+    while kills < num_kills:
+        process = fork_looplm(argv, tmp_path / "output")
+        # Every third kill while a checkpoint is being written, the others whenever.
+        writing = folder / "checkpoints" / f".{Path(LAST).name}.saving"
+        if kills % 3 == 0:
+            was_written = wait_for(writing, process)
+        else:
+            was_written = False
+            wait_for(folder / LAST, process)
+            time.sleep(chance.uniform(0.0, 1.5))
+        process.kill()
+        process.join()
+        if process.exitcode == 0:  # it was faster: begin anew, so that every kill hits a run
+            subprocess.run(["rm", "-r", str(folder)], check=True)
+            continue
+        assert process.exitcode == -signal.SIGKILL, (tmp_path / "output").read_text()
+        kills += 1
+        in_writing += was_written and os.path.lexists(writing)
+    assert in_writing >= num_kills // 10
+    finish(argv, tmp_path / "output")
+    assert_same_run(folder, whole)
+
+
+def test_full_disk_leaves_the_previous_checkpoint_whole(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    finish(fit(base, folder, "--trainer.max_steps=2"), tmp_path / "output")
+    before = (folder / LAST).read_bytes()
+
+    def limit() -> None:
+        # As on a full disk, write() fails in the middle of the file.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2))
+
+    process = looplm_process(*fit(base, folder), preexec_fn=limit)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2, err
+    line = err.splitlines()[-1]
+    assert line.startswith("looplm: error: the checkpoint '")
+    assert "could not be written: File too large" in line
+    assert "Traceback" not in err
+    assert (folder / LAST).read_bytes() == before
+    assert saved(folder)["global_step"] == 2
+    assert not list((folder / "checkpoints").glob(".*"))
+
+
+def signalled(process: Any, folder: Path, number: signal.Signals) -> int | None:
+    assert wait_for(folder / LAST, process)
+    os.kill(process.pid, number)
+    process.join(60)
+    return process.exitcode
+
+
+def test_sigterm_saves_between_two_steps_and_the_run_goes_on(base: Path, whole: Path, tmp_path: Path) -> None:
+    folder, output = tmp_path / "run", tmp_path / "output"
+    rarely = fit(base, folder, "--checkpoint.every_n_train_steps=7", "--trainer.accumulate_grad_batches=1")
+    assert signalled(fork_looplm(rarely, output), folder, signal.SIGTERM) == 128 + signal.SIGTERM
+    step = saved(folder)["global_step"]
+    assert f"SIGTERM: saved {folder / LAST} after step {step}" in output.read_text()
+    finish(rarely, output)
+    assert_same_run(folder, whole)
+
+
+def test_slurm_preemption_saves_and_requeues(
+    base: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, called = tmp_path / "run", tmp_path / "called"
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" > {called}\n')
+    scontrol.chmod(scontrol.stat().st_mode | stat.S_IXUSR)
+    job = {"SLURM_JOB_ID": "42", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "0"}
+    node = {"SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NODELIST": "here"}
+    slurm = {**environment(), **job, **node, "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
+    argv = [str(part) for part in fit(base, folder)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "looplm", *argv], env=slurm, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    process.is_alive = lambda: process.poll() is None  # type: ignore[attr-defined]
+    assert wait_for(folder / LAST, process)
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert called.read_text() == "requeue 42\n"
+    finish(argv, tmp_path / "output")  # what the job does when it is started again
+    assert_same_run(folder, whole)
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Return the processes with a folder in their arguments."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(folder).encode() in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("victim", ["child", "parent"])
+def test_loss_of_a_rank_ends_the_run_and_leaves_no_process(
+    base: Path, tmp_path: Path, strategy: str, victim: str
+) -> None:
+    folder = tmp_path / "run"
+    overlay = ["--config", f"conf/overlays/{strategy}.yaml", *TWO_ON_CPU]
+    process = looplm_process(*fit(base, folder, *overlay, "--trainer.max_steps=100000"))
+    try:
+        deadline = time.monotonic() + 180
+        while not (folder / LAST).exists():
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        children = [pid for pid in processes_of(folder) if pid != process.pid]
+        assert len(children) == 1
+        os.kill(children[0] if victim == "child" else process.pid, signal.SIGKILL)
+        began = time.monotonic()
+        _, err = process.communicate(timeout=60)
+        assert process.returncode != 0
+        while processes_of(folder):
+            assert time.monotonic() - began < 60, err
+            time.sleep(0.1)
+        if victim == "child":
+            assert "another process of this run has ended" in err or "terminated with code -9" in err
+        assert saved(folder)["global_step"] >= 1
+    finally:
+        for pid in processes_of(folder):
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,172 @@
+"""Two processes and accumulated micro-batches give the weights of one process that sees all; so does every resume."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import BASE, TWO_ON_CPU, run_looplm
+from torch import Tensor
+
+from looplm import ArithmeticDataModule, JacobianPenalty, LoopedConfig, LoopLM, STARSObjective, UniformDepth
+from looplm.cli import main
+from looplm.randomness import StepKey
+
+SEED = BASE["seed_everything"]
+STEPS = BASE["trainer"]["max_steps"]
+MODEL = BASE["model"]
+
+
+def reference(num_ranks: int, accumulate: int) -> list[dict[str, Tensor]]:
+    """Return the weights before and after each step, computed without Lightning in this process."""
+    data = ArithmeticDataModule(**BASE["data"]["init_args"], seed=SEED)
+    config = LoopedConfig(vocab_size=data.vocab_size, max_positions=data.max_positions, **MODEL["config"])
+    module = LoopLM(config, seed=SEED)
+    objective = STARSObjective(
+        depth_sampler=UniformDepth(1, 5),
+        backprop_loops=3,
+        penalty=JacobianPenalty(method="finite_difference"),
+        penalty_weight=0.2,
+    )
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.2, momentum=0.9)
+
+    def weights() -> dict[str, Tensor]:
+        return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+    found = [weights()]
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for micro_batch in range(step * accumulate, (step + 1) * accumulate):
+            batches = [
+                data.training_batch(micro_batch, optimizer_step=step, rank=rank, world_size=num_ranks)
+                for rank in range(num_ranks)
+            ]
+            labelled = sum((batch["labels"] != -100).sum() for batch in batches) / num_ranks
+            for rank, batch in enumerate(batches):
+                key = StepKey(seed=SEED, micro_batch=micro_batch, optimizer_step=step, rank=rank)
+                loss = objective(module.model, batch, key, torch.as_tensor(labelled)).loss
+                (loss / (num_ranks * accumulate)).backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), BASE["trainer"]["gradient_clip_val"])
+        optimizer.step()
+        found.append(weights())
+    return found
+
+
+def saved(folder: Path, step: int) -> dict[str, Any]:
+    return torch.load(folder / "checkpoints" / f"epoch=0-step={step}.ckpt", weights_only=True)
+
+
+def largest_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    assert first.keys() == second.keys()
+    return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+RUNS = {
+    "ddp": (2, 1, ["--config", "conf/overlays/ddp.yaml", *TWO_ON_CPU]),
+    "fsdp": (2, 1, ["--config", "conf/overlays/fsdp.yaml", *TWO_ON_CPU]),
+    "accumulation": (1, 2, ["--trainer.accumulate_grad_batches=2"]),
+    "fsdp-accumulation": (
+        *(2, 2),
+        ["--config", "conf/overlays/fsdp.yaml", *TWO_ON_CPU, "--trainer.accumulate_grad_batches=2"],
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return the run directory of a strategy; each is run once."""
+    done: dict[str, Path] = {}
+
+    def run(name: str) -> Path:
+        if name not in done:
+            folder = tmp_path_factory.mktemp(name)
+            said = run_looplm("fit", "--config", base, *RUNS[name][2], f"--trainer.default_root_dir={folder}")
+            assert "penalty: product finite_difference, chosen for" in said
+            done[name] = folder
+        return done[name]
+
+    return run
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_steps_are_those_of_one_process_that_sees_every_sample(name: str, trained: Any) -> None:
+    num_ranks, accumulate, _ = RUNS[name]
+    folder, expected = trained(name), reference(num_ranks, accumulate)
+    gradients = [
+        {key: (before[key] - after[key]) / 0.2 for key in before}
+        for before, after in ((expected[0], expected[1]), (expected[0], saved(folder, 1)["state_dict"]))
+    ]
+    norm = math.sqrt(sum(value.square().sum().item() for value in gradients[0].values()))
+    assert norm == pytest.approx(0.3, rel=1e-4)  # it was clipped, over all shards together
+    assert largest_difference(*gradients) <= 1e-5
+    for step in range(1, STEPS + 1):
+        assert largest_difference(saved(folder, step)["state_dict"], expected[step]) <= 1e-5
+
+
+def test_mean_over_ranks_is_the_mean_over_all_tokens() -> None:
+    data = ArithmeticDataModule(**BASE["data"]["init_args"])
+    config = LoopedConfig(vocab_size=data.vocab_size, max_positions=data.max_positions, **MODEL["config"])
+    model, objective = LoopLM(config).model, STARSObjective(depth_sampler=UniformDepth(1, 5))
+    parts = [data.training_batch(0, rank=rank, world_size=2) for rank in range(2)]
+    counts = [int((part["labels"] != -100).sum()) for part in parts]
+    assert counts[0] != counts[1]
+    keys = [StepKey(seed=0, micro_batch=0, rank=rank) for rank in range(2)]
+    mean = torch.tensor(sum(counts) / 2)
+    split = [objective(model, part, key, mean).loss for part, key in zip(parts, keys, strict=True)]
+    whole = {name: torch.cat([part[name] for part in parts]) for name in ("input_ids", "labels", "attention_mask")}
+    assert (sum(split) / 2).item() == pytest.approx(objective(model, whole, keys[0]).loss.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(("before", "after"), [("ddp", "one"), ("fsdp", "one"), ("one", "fsdp")])
+def test_run_goes_on_with_another_number_of_processes(
+    base: Path, tmp_path: Path, trained: Any, before: str, after: str
+) -> None:
+    # Without a penalty nothing but the samples depends on the rank: batches of 4 on two are batches of 8 on one.
+    plain = ["--model.objective.penalty=null", "--model.objective.penalty_weight=0"]
+    one = ["fit", "--config", base, *plain, "--data.batch_size=8"]
+    two = {name: ["fit", "--config", base, *RUNS[name][2], *plain, "--data.batch_size=4"] for name in ("ddp", "fsdp")}
+    commands = {"one": one, **two}
+    folder, whole = tmp_path / "cut", tmp_path / "whole"
+    run_looplm(*commands[before], "--trainer.max_steps=2", f"--trainer.default_root_dir={folder}")
+    run_looplm(*commands[after], "--ckpt_path=last", f"--trainer.default_root_dir={folder}")
+    assert main([str(part) for part in [*one, f"--trainer.default_root_dir={whole}"]]) == 0
+    last, expected = saved(folder, STEPS), saved(whole, STEPS)
+    assert largest_difference(last["state_dict"], expected["state_dict"]) <= 1e-5
+    # Momentum, too, was carried over.
+    momenta = [state["optimizer_states"][0]["state"] for state in (last, expected)]
+    assert momenta[0].keys() == momenta[1].keys()
+    for number, state in momenta[0].items():
+        torch.testing.assert_close(state["momentum_buffer"], momenta[1][number]["momentum_buffer"], atol=1e-5, rtol=0)
+
+
+def test_sharded_checkpoint_becomes_the_file_that_one_process_would_have_written(
+    base: Path, tmp_path: Path, trained: Any
+) -> None:
+    folder, file = tmp_path / "run", tmp_path / "one.ckpt"
+    shards = ["--trainer.strategy.init_args.save_distributed_checkpoint=true", "--checkpoint.save_top_k=1"]
+    run_looplm("fit", "--config", base, *RUNS["fsdp"][2], *shards, f"--trainer.default_root_dir={folder}")
+    last = folder / "checkpoints" / "last.ckpt"
+    assert {path.suffix for path in last.glob("*_0.distcp")} == {".distcp"}
+    assert main(["consolidate", str(last), str(file)]) == 0
+    found, expected = torch.load(file, weights_only=True), saved(trained("fsdp"), STEPS)
+    assert found.keys() == expected.keys()
+    assert largest_difference(found["state_dict"], expected["state_dict"]) == 0
+    momenta = [content["optimizer_states"][0]["state"] for content in (found, expected)]
+    assert momenta[0].keys() == momenta[1].keys()
+    assert all(torch.equal(momenta[0][k]["momentum_buffer"], momenta[1][k]["momentum_buffer"]) for k in momenta[0])
+    assert main(["test", "--config", str(base), f"--ckpt_path={file}", f"--trainer.default_root_dir={folder}"]) == 0
+    assert main(["export", str(file), str(tmp_path / "exported")]) == 0
+
+
+def test_every_sample_is_validated_once_on_two_sharded_processes(base: Path, tmp_path: Path, trained: Any) -> None:
+    # 21 samples on two ranks: the distributed sampler repeats one.
+    last = trained("fsdp") / "checkpoints" / "last.ckpt"
+    argv = ["test", "--config", str(base), f"--ckpt_path={last}"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main([*argv, f"--trainer.default_root_dir={one}"]) == 0
+    run_looplm(*argv, *RUNS["fsdp"][2], f"--trainer.default_root_dir={two}")
+    assert (two / "test_curve.csv").read_text() == (one / "test_curve.csv").read_text()
+    assert '"num_samples": 21' in (two / "test_summary.json").read_text()
