@@ -42,6 +42,17 @@ class Sampling:
     """Seed of the draws."""
 
     def __post_init__(self) -> None:
+        for name, kinds in (
+            ("temperature", (int, float)),
+            ("top_k", (int,)),
+            ("top_p", (int, float)),
+            ("seed", (int,)),
+        ):
+            value = getattr(self, name)
+            optional = name.startswith("top_") and value is None
+            if not optional and (isinstance(value, bool) or not isinstance(value, kinds)):
+                kind = "an integer" if kinds == (int,) else "a number"
+                raise ValueError(f"`{name}` must be {kind}, got {value!r}.")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"`temperature` must be >= 0 and finite, got {self.temperature}.")
         if self.top_k is not None and self.top_k < 1:
@@ -56,7 +67,7 @@ class Sampling:
 
         Args:
             logits: ``(R, V)``.
-            rows: Each row's index in the whole batch, ``(R,)``.
+            rows: What names each row, for example its index in the whole batch, int64 ``(R,)``.
             place: How many tokens have been generated before.
 
         Returns:
@@ -64,10 +75,13 @@ class Sampling:
         """
         if self.temperature == 0:
             return logits.argmax(-1)
-        ordered, tokens = (logits.float() / self.temperature).sort(dim=-1, descending=True, stable=True)
+        # From the likeliest down and in float64: a tiny temperature must not overflow.
+        logits = logits.double()
+        tempered = (logits - logits.amax(-1, keepdim=True)) / self.temperature
+        ordered, tokens = tempered.sort(dim=-1, descending=True, stable=True)
         if self.top_k is not None:
             ordered, tokens = ordered[:, : self.top_k], tokens[:, : self.top_k]
-        probabilities = ordered.double().softmax(-1)
+        probabilities = ordered.softmax(-1)
         if self.top_p is not None:
             # A token stays while those before it have not reached p; the likeliest always stays.
             before = probabilities.cumsum(-1) - probabilities
