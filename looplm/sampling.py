@@ -42,17 +42,12 @@ class Sampling:
     """Seed of the draws."""
 
     def __post_init__(self) -> None:
-        for name, kinds in (
-            ("temperature", (int, float)),
-            ("top_k", (int,)),
-            ("top_p", (int, float)),
-            ("seed", (int,)),
-        ):
-            value = getattr(self, name)
-            optional = name.startswith("top_") and value is None
-            if not optional and (isinstance(value, bool) or not isinstance(value, kinds)):
-                kind = "an integer" if kinds == (int,) else "a number"
-                raise ValueError(f"`{name}` must be {kind}, got {value!r}.")
+        for name in ("temperature", "top_k", "top_p", "seed"):
+            value, integer = getattr(self, name), name in ("top_k", "seed")
+            if value is None and name.startswith("top_"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int if integer else int | float):
+                raise ValueError(f"`{name}` must be {'an integer' if integer else 'a number'}, got {value!r}.")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"`temperature` must be >= 0 and finite, got {self.temperature}.")
         if self.top_k is not None and self.top_k < 1:

@@ -11,7 +11,7 @@ from typing import Any
 
 from looplm.errors import InputError
 
-__all__ = ["is_file_name", "is_plain", "read_object"]
+__all__ = ["is_file_name", "is_plain", "parse_object", "read_object"]
 
 _MOST_LEVELS = 32  # what reads deeper nesting may not be able to write it again
 
@@ -48,18 +48,33 @@ def read_object(path: Path) -> dict[str, Any]:
     """Return the object of a JSON file.
 
     Raises:
-        InputError: If there is no such file, or it is no JSON, no object, or nested too deeply.
+        InputError: If there is no such file, or for what :func:`parse_object` refuses.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = path.read_bytes()
     except OSError:
         raise InputError(f"{str(path.parent)!r} has no readable {path.name}.") from None
+    return parse_object(str(path), content)
+
+
+def parse_object(where: str, content: bytes) -> dict[str, Any]:
+    """Return the object of a JSON text in UTF-8, with a byte order mark or without.
+
+    Args:
+        where: What the message calls the place where it stands.
+        content: The text.
+
+    Raises:
+        InputError: If it is no JSON, no object, or nested too deeply.
+    """
+    try:
+        value = json.loads(content.decode("utf-8-sig"))
     except RecursionError:
-        value = None
+        raise InputError(f"{where!r} must not be nested more than {_MOST_LEVELS} deep.") from None
     except ValueError as error:
-        raise InputError(f"{str(path)!r} is no JSON: {error}.") from None
-    if value is not None and not isinstance(value, dict):
-        raise InputError(f"{str(path)!r} must hold an object, got {type(value).__name__}.")
-    if value is None or not is_plain(value):
-        raise InputError(f"{str(path)!r} must hold an object that is nested at most {_MOST_LEVELS} deep.")
+        raise InputError(f"{where!r} is no JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{where!r} must hold an object, got {type(value).__name__}.")
+    if not is_plain(value):
+        raise InputError(f"{where!r} must not be nested more than {_MOST_LEVELS} deep.")
     return value
