@@ -33,7 +33,7 @@ def kept_loops(policy: str, num_loops: int) -> int:
         return max(num_loops, 1)
     if policy == "last":
         return 1
-    ring = re.fullmatch(r"ring\((\d+)\)", policy)
+    ring = re.fullmatch(r"ring\((\d{1,9})\)", policy) if isinstance(policy, str) else None
     if ring is None or int(ring[1]) < 1:
         raise ValueError(f"`cache` must be `per_loop`, `last` or `ring(k)` with k >= 1, got {policy!r}.")
     return min(int(ring[1]), max(num_loops, 1))

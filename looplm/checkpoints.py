@@ -6,6 +6,7 @@ Knows files and models; the foreign names stand in :mod:`looplm.families`, nothi
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -22,52 +23,48 @@ import looplm
 from looplm.config import LoopedConfig
 from looplm.errors import InputError
 from looplm.families import Family, ForeignTensor, Part, family_named, family_of
-from looplm.model import LoopedTransformer, Origin
-from looplm.shards import Shards, write_shards
+from looplm.model import LoopedTransformer
+from looplm.origin import CARRIED, Origin, is_carried, pack_origin, unpack_origin
+from looplm.shards import PICKLE_SUFFIXES, Shards, check_shapes, write_shards
+from looplm.untrusted import read_object
 
 __all__ = [
     "from_pretrained",
     "load_checkpoint",
     "load_model",
     "local_folder",
-    "pack_origin",
     "read_origin",
     "save_checkpoint",
     "save_pretrained",
 ]
 
-# What belongs to a model beside config and weights: all of a tokenizer, and a model's own code, which is not run here.
-_CARRIED = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "generation_config.json",
-    "configuration_*.py",
-    "modeling_*.py",
-)
-_WANTED = ("config.json", "*.safetensors", "model.safetensors.index.json", *_CARRIED)
+_WANTED = ("config.json", "*.safetensors", "model.safetensors.index.json", *CARRIED)
+_UNWANTED = ("*/*", *(f"*{suffix}" for suffix in PICKLE_SUFFIXES))
 _OWN_TYPE = "looplm"
 
 
-def load_model(source: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> LoopedTransformer:
+def load_model(
+    source: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> LoopedTransformer:
     """Return the model of a checkpoint file or of a Hugging Face directory or hub id, in evaluation mode.
 
     Args:
         source: What :func:`load_checkpoint` or :func:`from_pretrained` takes.
         dtype: Type of the weights; None: that of the files.
+        device: Where the weights go.
 
     Raises:
         InputError: See there.
     """
-    if not Path(source).is_file():
-        return from_pretrained(source, dtype=dtype)
+    if not os.path.isfile(source):
+        return from_pretrained(source, dtype=dtype, device=device)
     model = load_checkpoint(source)
     for parameter in model.parameters():
         # Out of the mapped file: training may write a new checkpoint in its place.
-        parameter.data = parameter.data.to(dtype or parameter.dtype, copy=True)
+        parameter.data = parameter.data.to(device, dtype or parameter.dtype, copy=True)
     return model
 
 
@@ -94,20 +91,16 @@ def from_pretrained(
         >>> model = from_pretrained("ByteDance/Ouro-1.4B", dtype=torch.bfloat16)  # doctest: +SKIP
     """
     folder = local_folder(path_or_hub_id)
-    fields = _read_fields(folder)
+    fields = read_object(folder / "config.json")
     family, config = _read_config(fields)
-    tensors = _tensors(family, config)
     shards = Shards(folder)
-    table = _rotary_table(config) if family is not None and family.model_type == "huginn_raven" else None
-    shards.check({tensor.name: tensor.shape for tensor in tensors}, optional=() if table is None else (_TABLE,))
-    if table is not None and _TABLE in shards.shapes:
-        stored = shards.read(_TABLE)
-        if stored.shape != table.shape or not torch.allclose(stored.float(), table, atol=0.01):
-            raise InputError(f"{str(folder)!r}: {_TABLE!r} is not the table of `rope_base` {config.rope_theta:g}.")
-    if dtype is None:
-        dtype = torch.float16 if set(shards.dtypes.values()) == {torch.float16} else torch.bfloat16
-        for tensor in tensors:
-            dtype = torch.promote_types(dtype, shards.dtypes[tensor.name])
+    _check_num_layers(repr(str(folder)), config, len(shards.shapes))
+    tensors = _tensors(family, config)
+    optional = {_TABLE: _table_shape(config)} if _has_table(family) else {}
+    check_shapes(repr(str(folder)), {tensor.name: tensor.shape for tensor in tensors}, shards.shapes, optional)
+    if _TABLE in shards.shapes and not _is_table(shards.read(_TABLE), config):
+        raise InputError(f"{str(folder)!r}: {_TABLE!r} is not the table of `rope_base` {config.rope_theta:g}.")
+    dtype = _weights_dtype(shards) if dtype is None else dtype
     model = _empty_model(config, dtype, device)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -117,7 +110,7 @@ def from_pretrained(
                 target = parameters[part.name].data[part.start : part.stop]
                 shards.copy_rows(tensor.name, row, target)
                 row += target.numel() // max(int(torch.Size(tensor.shape[1:]).numel()), 1)
-    model.origin = read_origin(folder)
+    model.origin = _origin(folder, fields, shards)
     return model.eval()
 
 
@@ -142,25 +135,29 @@ def save_pretrained(
         max_shard_bytes: Largest weights file.
 
     Raises:
-        InputError: If the directory cannot be written, or an Ouro or Huginn has neither ``num_loops`` nor an origin.
+        InputError: If the directory cannot be written, or is the current one, or an Ouro or Huginn has neither
+            ``num_loops`` nor an origin.
     """
     origin = model.origin if origin is None else origin
     family = family_of(model.config)
     tensors = _tensors(family, model.config)
     fields = _fields(model, family, origin, num_loops)
-    target = Path(folder)
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise InputError(f"the output must be a new or empty directory, got {str(target)!r}.")
+    target = Path(os.path.realpath(folder)) if "\0" not in os.fspath(folder) else Path(folder)
+    if os.path.isfile(target) or (os.path.isdir(target) and any(target.iterdir())):
+        raise InputError(f"the output must be a new or empty directory, got {str(folder)!r}.")
+    if os.path.isdir(target) and os.path.samefile(target, os.curdir):
+        # It is replaced as a whole: whoever stands in it would stand in a directory that is gone.
+        raise InputError(f"the output must not be the current directory, got {str(folder)!r}.")
     weights = model.state_dict()
-    table = {} if family is None or family.model_type != "huginn_raven" else {_TABLE: _rotary_table(model.config)}
+    table = _table(model.config, origin) if _has_table(family) else {}
     itemsize = {name: tensor.element_size() for name, tensor in weights.items()}
     sizes = {t.name: int(torch.Size(t.shape).numel()) * itemsize[t.parts[0].name] for t in tensors}
     sizes |= {name: tensor.nbytes for name, tensor in table.items()}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise InputError(f"{str(target)!r} must be a directory that can be written: {error.strerror}.") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{str(folder)!r} must be a directory that can be written: {_reason(error)}.") from None
     try:
         write_shards(draft, sizes, _foreign(tensors, weights, table), max_shard_bytes)
         (draft / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
@@ -169,7 +166,7 @@ def save_pretrained(
         draft.chmod(0o755)
         draft.replace(target)
     except OSError as error:
-        raise InputError(f"{str(target)!r} could not be written: {error.strerror}.") from None
+        raise InputError(f"{str(folder)!r} could not be written: {_reason(error)}.") from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -204,8 +201,10 @@ def _fields(
         )
     same = bool(original) and family.read_config(original) == family.read_config(family.write_config(model.config, 1))
     fields = {**original, family.loops_field: loops} if same else family.write_config(model.config, loops)
-    key = "dtype" if "dtype" in fields else "torch_dtype"
-    return {**fields, key: dtype}
+    if same and origin is not None and origin.dtype == dtype:
+        return fields  # whatever the original says of the type, or does not say, is as true as it was
+    keys = {"dtype", "torch_dtype"} & fields.keys() or {"torch_dtype"}
+    return {**fields, **dict.fromkeys(sorted(keys), dtype)}
 
 
 def save_checkpoint(model: LoopedTransformer, path: str | os.PathLike[str]) -> None:
@@ -228,24 +227,11 @@ def save_checkpoint(model: LoopedTransformer, path: str | os.PathLike[str]) -> N
         target.parent.mkdir(parents=True, exist_ok=True)
         torch.save(content, draft)
         draft.replace(target)
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"{str(target)!r} could not be written: {error}.") from None
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"{str(target)!r} could not be written: {_reason(error)}.") from None
     finally:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             draft.unlink(missing_ok=True)
-
-
-def pack_origin(origin: Origin | None) -> dict[str, Any]:
-    """Return what a checkpoint holds of where its model came from: nothing, or ``origin`` as plain data and tensors."""
-    if origin is None:
-        return {}
-    # Bytes as tensors: what a checkpoint holds must load without running code. An empty file has no buffer.
-    files = {name: torch.frombuffer(bytearray(d), dtype=torch.uint8) for name, d in origin.files.items() if d}
-    return {"origin": {"config": origin.config, "files": files}}
-
-
-def _as_bytes(files: dict[str, Tensor]) -> dict[str, bytes]:
-    return {name: data.numpy().tobytes() for name, data in files.items()}
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> LoopedTransformer:
@@ -254,38 +240,55 @@ def load_checkpoint(path: str | os.PathLike[str]) -> LoopedTransformer:
     Raises:
         InputError: If the file is missing, damaged, or no checkpoint of looplm.
     """
-    source = Path(path)
-    if not source.is_file():
-        raise InputError(f"the checkpoint must be a file, got {str(source)!r}.")
+    where = repr(os.fspath(path))
+    if not os.path.isfile(path):
+        raise InputError(f"the checkpoint must be a file, got {where}.")
     try:
-        content = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # of many kinds; what torch says there is advice to programmers
+        raise InputError(
+            f"{where} is no checkpoint of looplm, or damaged: it cannot be read as tensors and plain data "
+            f"({type(error).__name__})."
+        ) from None
+    try:
         config = LoopedConfig.from_dict(content["hyper_parameters"]["config"])
         prefix = "model."
         weights = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
+        shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        _check_num_layers(where, config, len(shapes))
         model = _empty_model(config, next(iter(weights.values())).dtype, "meta")
+        check_shapes(where, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, shapes)
         model.load_state_dict(weights, assign=True)
-        if "origin" in content:
-            model.origin = Origin(config=content["origin"]["config"], files=_as_bytes(content["origin"]["files"]))
-        elif "tokenizer_files" in content.get("MathDataModule", {}):  # its own tokenizer travels with the model
-            model.origin = Origin(config={}, files=_as_bytes(content["MathDataModule"]["tokenizer_files"]))
+        model.origin = unpack_origin(content)
+    except InputError as error:
+        raise InputError(f"{where}: {error}" if where not in str(error) else str(error)) from None
     except Exception as error:
-        raise InputError(
-            f"{str(source)!r} is no checkpoint of looplm, or damaged ({type(error).__name__}: {str(error)[:200]})."
-        ) from None
+        reason = f"{type(error).__name__}: {_reason(error)}"
+        raise InputError(f"{where} is no checkpoint of looplm, or damaged ({reason:.200}).") from None
     return model.eval()
 
 
 def read_origin(folder: str | os.PathLike[str]) -> Origin:
-    """Return the config fields of a Hugging Face directory and the files that belong to its model.
+    """Return the config fields of a Hugging Face directory and what belongs to its model; its weights may be missing.
 
     Raises:
         InputError: If it is no such directory.
     """
     path = Path(folder)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise InputError(f"a model's directory must exist, got {str(path)!r}.")
-    names = sorted({file.name for pattern in _CARRIED for file in path.glob(pattern) if file.is_file()})
-    return Origin(config=_read_fields(path), files={name: (path / name).read_bytes() for name in names})
+    has_weights = any(path.glob("*.safetensors"))
+    return _origin(path, read_object(path / "config.json"), Shards(path) if has_weights else None)
+
+
+def _origin(folder: Path, fields: dict[str, Any], shards: Shards | None) -> Origin:
+    names = sorted(file.name for file in folder.iterdir() if is_carried(file.name) and file.is_file())
+    files = {name: (folder / name).read_bytes() for name in names}
+    if shards is None:
+        return Origin(config=fields, files=files)
+    buffers = {_TABLE: shards.read(_TABLE)} if _TABLE in shards.shapes else {}
+    dtype = str(_weights_dtype(shards)).removeprefix("torch.")
+    return Origin(config=fields, files=files, dtype=dtype, buffers=buffers)
 
 
 def local_folder(path_or_hub_id: str | os.PathLike[str]) -> Path:
@@ -294,43 +297,46 @@ def local_folder(path_or_hub_id: str | os.PathLike[str]) -> Path:
     Raises:
         InputError: If it is neither a directory nor the name of one that the hub gives.
     """
-    path = Path(path_or_hub_id)
-    if path.is_dir():
-        return path
     name = os.fspath(path_or_hub_id)
-    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if os.path.isdir(name):
+        return Path(name)
+    if os.path.exists(name) or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise InputError(f"a model must be a directory or a hub id `owner/name`, got {name!r}.")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_WANTED)))
+        return Path(snapshot_download(name, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED)))
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else ""
         raise InputError(
-            f"{name!r} is no directory and could not be fetched from the hub: {type(error).__name__} {reason}"
+            f"{name!r} is no directory and could not be fetched from the hub: {type(error).__name__} {_reason(error)}"
         ) from None
 
 
-def _read_fields(folder: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except OSError:
-        raise InputError(f"{str(folder)!r} has no readable config.json.") from None
-    except ValueError as error:
-        raise InputError(f"{str(folder / 'config.json')!r} is no JSON: {error}.") from None
-    if not isinstance(fields, dict):
-        raise InputError(f"{str(folder / 'config.json')!r} must hold an object, got {type(fields).__name__}.")
-    return fields
+def _reason(error: Exception) -> str:
+    """Return why something failed, in one line."""
+    if isinstance(error, OSError) and error.strerror is not None:
+        return error.strerror
+    return next(iter(str(error).splitlines()), "")
 
 
 def _read_config(fields: dict[str, Any]) -> tuple[Family | None, LoopedConfig]:
     if fields.get("model_type") != _OWN_TYPE:
         family = family_named(fields.get("model_type"))
         return family, family.read_config(fields)
+    architecture = fields.get("architecture")
+    if not isinstance(architecture, dict):
+        raise InputError(f"config.json: `architecture` must be an object, got {architecture!r:.200}.")
     try:
-        return None, LoopedConfig.from_dict(fields["architecture"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"config.json: `architecture` is not one of looplm: {error}") from None
+        return None, LoopedConfig.from_dict(architecture)
+    except ValueError as error:
+        raise InputError(f"config.json: `architecture`: {error!s:.500}") from None
+
+
+def _check_num_layers(where: str, config: LoopedConfig, num_tensors: int) -> None:
+    # Before anything is built: a wrong number may be huge.
+    num_layers = config.num_prelude_layers + config.num_core_layers + config.num_coda_layers
+    if num_layers > num_tensors:
+        raise InputError(f"{where}: the architecture has {num_layers} layers, the weights {num_tensors} tensors.")
 
 
 def _tensors(family: Family | None, config: LoopedConfig) -> list[ForeignTensor]:
@@ -351,8 +357,35 @@ def _empty_model(config: LoopedConfig, dtype: torch.dtype, device: torch.device 
 _TABLE = "freqs_cis"
 
 
+def _weights_dtype(shards: Shards) -> torch.dtype:
+    return functools.reduce(torch.promote_types, {d for name, d in shards.dtypes.items() if name != _TABLE})
+
+
+def _has_table(family: Family | None) -> bool:
+    """Return whether directories of a family may hold Huginn's table of cos and sin."""
+    return family is not None and family.model_type == "huginn_raven"
+
+
+def _table_shape(config: LoopedConfig) -> tuple[int, ...]:
+    return (1, config.max_positions, 1, config.head_width // 2, 2)
+
+
 def _rotary_table(config: LoopedConfig) -> Tensor:
-    """Return Huginn's stored table of cos and sin, ``(1, positions, 1, d/2, 2)``."""
     exponents = torch.arange(0, config.head_width, 2, dtype=torch.float32) / config.head_width
     angles = torch.outer(torch.arange(config.max_positions).float(), 1.0 / config.rope_theta**exponents)
     return torch.stack([angles.cos(), angles.sin()], dim=-1)[None, :, None]
+
+
+def _is_table(stored: Tensor, config: LoopedConfig) -> bool:
+    # Loosely: it may have been stored in half precision.
+    return stored.shape == _table_shape(config) and torch.allclose(stored.float(), _rotary_table(config), atol=0.01)
+
+
+def _table(config: LoopedConfig, origin: Origin | None) -> dict[str, Tensor]:
+    """Return the table to store: the origin's as it was, or none where it had none."""
+    if origin is None or origin.buffers is None or origin.config.get("model_type") != "huginn_raven":
+        return {_TABLE: _rotary_table(config)}
+    stored = origin.buffers.get(_TABLE)
+    if stored is None:
+        return {}
+    return {_TABLE: stored if _is_table(stored, config) else _rotary_table(config)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
@@ -17,6 +18,14 @@ RotaryPairs = Literal["half_split", "interleaved"]
 InputInjection = Literal["none", "add", "linear", "diagonal"]
 StateInit = Literal["embedding", "normal", "zeros"]
 
+# Types of the fields, as they are written below.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "int | None": (int, type(None)),
+    "float": (int, float),
+    "bool": (bool,),
+}
+_MOST_NUMBERS = 2**40  # in one matrix; far beyond what exists, and far below what overflows
 _LIKE_INIT_STD = math.sqrt(2 / 5)  # Huginn: √D · n with n of standard deviation √(2 / 5D), whatever D
 
 
@@ -111,6 +120,7 @@ class LoopedConfig:
         ):
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(f"`{name}` must be one of {get_args(allowed)}, got {getattr(self, name)!r}.")
+        self._check_types()
         for name, least in (
             ("vocab_size", 1),
             ("max_positions", 1),
@@ -126,9 +136,20 @@ class LoopedConfig:
         for name in ("norm_eps", "deepnorm_alpha", "rope_theta", "init_std", "state_init_std", "embedding_scale"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be > 0, got {getattr(self, name)}.")
+            if not getattr(self, name) <= sys.float_info.max:
+                raise ValueError(f"`{name}` must be finite, got {getattr(self, name)}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` must be in [0, 1), got {self.dropout}.")
         self._check_combinations()
+
+    def _check_types(self) -> None:
+        # A config may come from anyone's file; a dataclass takes whatever it is given.
+        for field in fields(self):
+            kinds = _KINDS.get(str(field.type))
+            value = getattr(self, field.name)
+            # To Python a bool is an integer.
+            if kinds is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
+                raise ValueError(f"`{field.name}` must be of type {field.type}, got {value!r}.")
 
     def _check_combinations(self) -> None:
         if self.attention_head_width is not None and self.attention_head_width < 1:
@@ -137,6 +158,14 @@ class LoopedConfig:
             raise ValueError(f"`num_heads` must divide `width` ({self.width}), got {self.num_heads}.")
         if self.kv_heads < 1 or self.num_heads % self.kv_heads:
             raise ValueError(f"`num_kv_heads` must divide `num_heads` ({self.num_heads}), got {self.num_kv_heads}.")
+        attended = self.num_heads * self.head_width
+        for name in ("vocab_size", "max_positions", "ffn_width", "width", "num_heads"):
+            rows = attended if name == "num_heads" else getattr(self, name)
+            if rows * self.width > _MOST_NUMBERS:
+                raise ValueError(
+                    f"`{name}` asks for a matrix of more than {_MOST_NUMBERS} numbers, got {getattr(self, name)} with "
+                    f"`width` {self.width}."
+                )
         if self.positions == "rotary" and self.head_width % 2:
             raise ValueError(f"`positions: rotary` needs an even head width, got {self.head_width}.")
         if self.deepnorm_alpha != 1.0 and self.norm_placement != "post_norm":
@@ -192,7 +221,7 @@ class LoopedConfig:
         """Return the architecture of pretrained weights, for a run that was asked for this one.
 
         Fields at their default follow the weights, and any other must be as there. The run's tokens and positions may
-        be fewer. ``dropout`` is no property of weights: a value that is not the default stays.
+        be fewer. ``dropout`` is no property of weights: it is always the run's.
 
         Args:
             pretrained: The architecture of the weights.
@@ -201,8 +230,8 @@ class LoopedConfig:
             ValueError: Names the fields that the weights cannot have.
 
         Example:
-            >>> asked = LoopedConfig(vocab_size=11, max_positions=8)
-            >>> asked.for_weights(LoopedConfig.ouro_1_4b()) == LoopedConfig.ouro_1_4b()
+            >>> asked = LoopedConfig(vocab_size=11, max_positions=8, dropout=0.1)
+            >>> asked.for_weights(LoopedConfig.ouro_1_4b()) == replace(LoopedConfig.ouro_1_4b(), dropout=0.1)
             True
         """
         differing = []
@@ -214,8 +243,7 @@ class LoopedConfig:
                 differing.append(f"`{field.name}` {there!r}, got {asked!r}")
         if differing:
             raise ValueError(f"the pretrained weights need {'; '.join(differing)}.")
-        default = LoopedConfig.__dataclass_fields__["dropout"].default
-        return pretrained if self.dropout == default else replace(pretrained, dropout=self.dropout)
+        return replace(pretrained, dropout=self.dropout)
 
     @classmethod
     def stars_addition(cls, *, vocab_size: int, max_positions: int) -> LoopedConfig:

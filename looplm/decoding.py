@@ -129,7 +129,7 @@ class Rows:
             logits = None
             if watch is not None and depth > 0:
                 logits = self._logits(state, cache) if watch.rule.needs_logits else None
-                gate = self.model.exit_logit(state)[:, -1].sigmoid() if watch.rule.needs_gate else None
+                gate = self.model.exit_logit(state)[:, -1] if watch.rule.needs_gate else None
                 wants = watch(depth, state, logits, gate) & ~leave
                 if bool(wants.any()) and cache is not None:
                     cache.select(wants.nonzero().squeeze(1)).fill_skipped(depth)
@@ -174,7 +174,9 @@ class _Watch:
     def __call__(self, depth: int, state: LoopState, logits: Tensor | None, gate: Tensor | None) -> Tensor:
         hidden = _last_token(state)
         if gate is not None:
-            self.survival = 1 - gate if self.survival is None else self.survival * (1 - gate)
+            # 1 − σ(g) = σ(−g), which does not round to 0; in bfloat16 σ(6.25) would already be 1.
+            stay = (-gate.to(torch.promote_types(gate.dtype, torch.float32))).sigmoid()
+            self.survival = stay if self.survival is None else self.survival * stay
         assert self.previous is not None, "a step comes first"
         signals = LoopSignals(
             depth=depth,

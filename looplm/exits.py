@@ -58,7 +58,7 @@ class LoopSignals:
     previous_logits: Tensor | None = None
     """Their logits one loop ago, ``(R, V)``; None after the first loop."""
     survival: Tensor | None = None
-    """``Π_{s≤t} (1 − λ_s)`` of the learned gate, ``(R,)``."""
+    """``Π_{s≤t} (1 − λ_s)`` of the learned gate, ``(R,)``, at least in float32."""
 
 
 class ExitRule(ABC):
@@ -210,6 +210,8 @@ class ConfidenceExit(ExitRule):
 class GateExit(ExitRule):
     """Stop where the learned gate's probability to have stopped, ``p_1 + … + p_t``, is at least ``quantile`` (Ouro).
 
+    A quantile of 1 stops nothing that has any probability left to go on.
+
     Args:
         quantile: In (0, 1].
         min_loops: No token stops before that many loops.
@@ -233,7 +235,8 @@ class GateExit(ExitRule):
 
     def __call__(self, signals: LoopSignals) -> Tensor:
         """See :meth:`ExitRule.__call__`."""
-        return 1 - _given(signals.survival) >= self.quantile
+        # Not `1 - survival >= quantile`: small survivals round to 1 there, and a quantile of 1 means all loops.
+        return _given(signals.survival) <= 1 - self.quantile
 
 
 def _given(signal: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ Knows configs and names; reads and writes no file and holds no weights.
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -69,35 +70,55 @@ class Family(ABC):
 
 
 class _Reader:
-    """Reads fields and says in one line what is wrong with them."""
+    """Reads fields and says in one line what is wrong with them; null is as good as absent."""
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
-        self.fields = fields
+        self.fields = {name: value for name, value in fields.items() if value is not None}
 
-    def count(self, name: str, default: int | None = None) -> int:
+    def count(self, name: str, default: int | None = None, least: int = 1) -> int:
         value = self.fields.get(name, default)
-        value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int):
-            raise InputError(f"config.json: `{name}` must be an integer, got {value!r}.")
+            raise InputError(f"config.json: `{name}` must be an integer, got {value!r:.200}.")
+        if not least <= value < 2**31:
+            raise InputError(f"config.json: `{name}` must be >= {least} and < 2**31, got {value!r:.200}.")
         return value
 
-    def number(self, name: str, default: float | None = None) -> float:
+    def number(self, name: str, default: float) -> float:
         value = self.fields.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InputError(f"config.json: `{name}` must be a number, got {value!r}.")
+            raise InputError(f"config.json: `{name}` must be a number, got {value!r:.200}.")
+        if not 0 < value <= sys.float_info.max:
+            raise InputError(f"config.json: `{name}` must be > 0 and finite, got {value!r:.200}.")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.fields.get(name, default)
         if not isinstance(value, bool):
-            raise InputError(f"config.json: `{name}` must be true or false, got {value!r}.")
+            raise InputError(f"config.json: `{name}` must be true or false, got {value!r:.200}.")
         return value
 
     def expect(self, name: str, *allowed: Any) -> None:
         """Refuse a value that would need other code; a missing field has the first of the allowed values."""
         value = self.fields.get(name, allowed[0])
         if value not in allowed:
-            raise InputError(f"config.json: `{name}` must be one of {list(allowed)}, got {value!r}.")
+            raise InputError(f"config.json: `{name}` must be one of {list(allowed)}, got {value!r:.200}.")
+
+    def rope_theta(self, default: float) -> float:
+        """Return the base of the rotary positions, which newer directories hold in ``rope_parameters``."""
+        bases = {"rope_theta": self.number("rope_theta", default)} if "rope_theta" in self.fields else {}
+        for name in ("rope_parameters", "rope_scaling"):
+            rope = self.fields.get(name, {})
+            if not isinstance(rope, dict):
+                raise InputError(f"config.json: `{name}` must be an object, got {rope!r:.200}.")
+            inner = _Reader(rope)
+            kinds = {kind: inner.fields.get(kind, "default") for kind in ("rope_type", "type")}
+            if any(kind != "default" for kind in kinds.values()):
+                raise InputError(f"config.json: `{name}`: only the default rotary positions are known: {rope!r:.200}.")
+            if "rope_theta" in inner.fields:
+                bases[f"{name}.rope_theta"] = inner.number("rope_theta", default)
+        if len(set(bases.values())) > 1:
+            raise InputError(f"config.json: `rope_theta` must be one number, got {bases}.")
+        return next(iter(bases.values()), default)
 
 
 def _built(make: Callable[[], LoopedConfig]) -> LoopedConfig:
@@ -118,20 +139,20 @@ class _Ouro(Family):
     def read_config(self, fields: Mapping[str, Any]) -> LoopedConfig:
         read = _Reader(fields)
         read.expect("hidden_act", "silu")
-        read.expect("attention_dropout", 0, None)
-        read.expect("attention_bias", False, None)
-        read.expect("use_sliding_window", False, None)
-        for kind in fields.get("layer_types") or []:
-            if kind != "full_attention":
-                raise InputError(f"config.json: `layer_types` must all be 'full_attention', got {kind!r}.")
+        read.expect("attention_bias", False)
+        read.expect("use_sliding_window", False)
         read.count("total_ut_steps")
-        # Newer directories hold the base in `rope_parameters`.
-        rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise InputError(f"config.json: only the default rotary positions are known, got {rope!r}.")
-        theta = _Reader({"rope_theta": fields.get("rope_theta", rope.get("rope_theta"))}).number("rope_theta")
+        layers = read.count("num_hidden_layers")
+        kinds = read.fields.get("layer_types")
+        if kinds is not None and not (isinstance(kinds, list) and len(kinds) == layers):
+            raise InputError(
+                f"config.json: `layer_types` must be a list of `num_hidden_layers` {layers} names, got {kinds!r:.200}."
+            )
+        for kind in kinds or []:
+            if kind != "full_attention":
+                raise InputError(f"config.json: `layer_types` must all be 'full_attention', got {kind!r:.200}.")
         heads, width = read.count("num_attention_heads"), read.count("hidden_size")
-        head_width = read.count("head_dim", width // max(heads, 1))
+        head_width = read.count("head_dim", max(width // heads, 1))
         return _built(
             lambda: LoopedConfig(
                 vocab_size=read.count("vocab_size"),
@@ -141,12 +162,12 @@ class _Ouro(Family):
                 num_kv_heads=read.count("num_key_value_heads", heads),
                 attention_head_width=None if head_width * heads == width else head_width,
                 ffn_width=read.count("intermediate_size"),
-                num_core_layers=read.count("num_hidden_layers"),
+                num_core_layers=layers,
                 norm_placement="sandwich_branch",
                 norm_type="rms_norm",
-                norm_eps=read.number("rms_norm_eps"),
+                norm_eps=read.number("rms_norm_eps", 1e-6),
                 positions="rotary",
-                rope_theta=theta,
+                rope_theta=read.rope_theta(10_000.0),
                 activation="swiglu",
                 loop_norm=True,
                 exit_gate=True,
@@ -237,10 +258,13 @@ class _Huginn(Family):
         read.expect("state_init", "like-init", "zero")
         read.count("mean_recurrence")
         width = read.count("n_embd")
-        prelude, core, coda = (read.count(f"n_layers_in_{part}") for part in ("prelude", "recurrent_block", "coda"))
+        prelude, core, coda = (
+            read.count(f"n_layers_in_{part}", least=least)
+            for part, least in (("prelude", 0), ("recurrent_block", 1), ("coda", 0))
+        )
         if read.count("n_layers", prelude + core + coda) != prelude + core + coda:
             raise InputError(f"config.json: `n_layers` must be {prelude + core + coda}, got {fields['n_layers']}.")
-        multiple = max(read.count("padding_multiple", 1), 1)
+        multiple = read.count("padding_multiple", 1)
         padded = -(-read.count("vocab_size") // multiple) * multiple
         return _built(
             lambda: LoopedConfig(
@@ -254,13 +278,13 @@ class _Huginn(Family):
                 num_coda_layers=coda,
                 norm_placement="sandwich_dual",
                 norm_type="rms_norm",
-                norm_eps=read.number("norm_eps"),
+                norm_eps=read.number("norm_eps", 1e-6),
                 positions="rotary",
-                rope_theta=read.number("rope_base"),
+                rope_theta=read.number("rope_base", 50_000.0),
                 rotary_pairs="interleaved",
                 activation="swiglu",
                 input_injection="linear",
-                state_init="zeros" if fields.get("state_init") == "zero" else "normal",
+                state_init="zeros" if read.fields.get("state_init") == "zero" else "normal",
                 embedding_scale=math.sqrt(width),
                 coda_norm=True,
                 tie_embeddings=read.flag("tie_embeddings", True),
@@ -360,7 +384,7 @@ def family_named(model_type: Any) -> Family:
         if family.model_type == model_type:
             return family
     known = ["looplm", *(family.model_type for family in FAMILIES)]
-    raise InputError(f"config.json: `model_type` must be one of {known}, got {model_type!r}.")
+    raise InputError(f"config.json: `model_type` must be one of {known}, got {model_type!r:.200}.")
 
 
 def family_of(config: LoopedConfig) -> Family | None:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from looplm.cache import kept_loops
+from looplm.config import LoopedConfig
 from looplm.decoding import Rows
 from looplm.exits import ExitRule
 from looplm.loop import LoopedModel, check_depths, unroll_at
@@ -112,17 +114,30 @@ class GenerationOptions:
     """Sequences of ids that end a continuation as ``end_id`` does; they stay in it."""
 
     def __post_init__(self) -> None:
+        for name in ("num_loops", "max_new_tokens", "end_id"):
+            if not _is_integer(getattr(self, name)):
+                raise ValueError(f"`{name}` must be an integer, got {getattr(self, name)!r}.")
         if self.max_new_tokens < 1 or self.num_loops < 0:
             raise ValueError(
                 f"`max_new_tokens` must be >= 1 and `num_loops` >= 0, got {self.max_new_tokens} and {self.num_loops}."
             )
-        if any(len(sequence) == 0 for sequence in self.stop):
-            raise ValueError(f"`stop` must hold sequences of at least one id, got {list(self.stop)}.")
+        if not isinstance(self.stop, Sequence) or not all(map(_is_stop, self.stop)):
+            raise ValueError(f"`stop` must hold sequences of at least one id, got {self.stop!r}.")
+        if self.cache not in ("auto", "none"):
+            kept_loops(self.cache, self.num_loops)
         self.sampling()
 
     def sampling(self) -> Sampling:
         """Return how tokens are chosen."""
         return Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_stop(sequence: object) -> bool:
+    return isinstance(sequence, Sequence) and len(sequence) > 0 and all(map(_is_integer, sequence))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +204,8 @@ def generate(
         The continuations, int64 ``(B, N)``, N ≤ ``max_new_tokens``; after its end a row holds ``end_id``.
 
     Raises:
-        ValueError: If a value is outside its range or has no effect, or the padding is not on the left.
+        ValueError: If a value is outside its range or has no effect, the padding is not on the left, the model is not
+            in evaluation mode, or it cannot take that many tokens.
     """
     options = GenerationOptions(
         num_loops=num_loops,
@@ -218,15 +234,22 @@ def generate_with_loops(
 
 
 def stream_tokens(
-    model: LoopedModel, tokens: Tensor, options: GenerationOptions, attention_mask: Tensor | None = None
+    model: LoopedModel,
+    tokens: Tensor,
+    options: GenerationOptions,
+    attention_mask: Tensor | None = None,
+    row_keys: Tensor | None = None,
 ) -> Iterator[TokenStep]:
-    """Return an iterator over the next token of every row, each as soon as it is known; see :func:`generate`."""
+    """Return an iterator over the next token of every row, each as soon as it is known; see :func:`generate`.
+
+    ``row_keys`` names each row in the draws, int64 ``(B,)``; None: its place in the batch.
+    """
     _check_padding(tokens, attention_mask)
     rows = _rows(model, tokens, attention_mask, options)
     limits = torch.full((len(tokens),), options.num_loops, device=tokens.device)
     with torch.no_grad():
         logits, loops = rows.first(limits)
-    return _continue(rows, logits, loops, limits, options)
+    return _continue(rows, logits, loops, limits, options, row_keys)
 
 
 def generate_at_depths(
@@ -285,6 +308,7 @@ def generate_at_depths(
 
 
 def _rows(model: LoopedModel, tokens: Tensor, attention_mask: Tensor | None, options: GenerationOptions) -> Rows:
+    _check_request(model, tokens, options)
     return Rows(
         model,
         tokens,
@@ -294,6 +318,31 @@ def _rows(model: LoopedModel, tokens: Tensor, attention_mask: Tensor | None, opt
         cache=options.cache,
         exit_rule=options.exit_rule,
     )
+
+
+def _check_request(model: LoopedModel, tokens: Tensor, options: GenerationOptions) -> None:
+    """Refuse, before anything is computed, what would fail on the way or go wrong in silence."""
+    if getattr(model, "training", False):
+        raise ValueError("the model must be in evaluation mode to generate: call `model.eval()`.")
+    integers = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
+    if tokens.ndim != 2 or tokens.numel() == 0 or not integers:
+        raise ValueError(
+            f"`tokens` must be integers (B, T) with at least one row and one token, got {tokens.dtype} "
+            f"{tuple(tokens.shape)}."
+        )
+    config = getattr(model, "config", None)
+    if not isinstance(config, LoopedConfig):
+        return
+    least, most = (int(bound) for bound in tokens.aminmax())
+    if least < 0 or most >= config.vocab_size:
+        raise ValueError(f"`tokens` must be in [0, {config.vocab_size}) (`vocab_size`), got {least} to {most}.")
+    # The last token of a continuation is never read.
+    length = tokens.shape[1] + options.max_new_tokens - 1
+    if length > config.max_positions:
+        raise ValueError(
+            f"a sequence may have {config.max_positions} tokens (`max_positions`), got a prompt of {tokens.shape[1]} "
+            f"and `max_new_tokens` {options.max_new_tokens}."
+        )
 
 
 def _check_padding(tokens: Tensor, attention_mask: Tensor | None) -> None:

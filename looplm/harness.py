@@ -7,18 +7,21 @@ Knows the harness, tokenizers and generation; no training. Importing this file r
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning_utilities.core.imports import RequirementCache
 from torch import Tensor
 
-from looplm.checkpoints import from_pretrained, local_folder, read_origin
+from looplm.checkpoints import load_model
 from looplm.errors import InputError
 from looplm.generation import GenerationOptions, log_likelihoods_at_depths, stream_tokens
+from looplm.origin import Origin
+from looplm.untrusted import parse_object
 
 _AVAILABLE = RequirementCache("lm-eval>=0.4.9"), RequirementCache("tokenizers>=0.21")
 if not all(_AVAILABLE):
@@ -29,21 +32,26 @@ if not all(_AVAILABLE):
 
 from lm_eval.api.model import TemplateLM  # noqa: E402 - only where it is installed
 from lm_eval.api.registry import register_model  # noqa: E402
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # noqa: E402
+from lm_eval.utils import (  # noqa: E402
+    get_rolling_token_windows,
+    make_disjoint_window,
+    simple_parse_args_string,
+)
 from tokenizers import Tokenizer  # noqa: E402
 
 __all__ = ["LoopedHarnessModel"]
 
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 _LOOPS_FIELDS = ("num_loops", "total_ut_steps", "mean_recurrence")
 _KNOWN_OPTIONS = {"until", "max_gen_toks", "temperature", "do_sample", "top_k", "top_p"}
 
 
 @register_model("looplm")
 class LoopedHarnessModel(TemplateLM):
-    """A looped model of a Hugging Face directory at one depth.
+    """A looped model and its tokenizer at one depth.
 
     Args:
-        pretrained: The directory, with its ``tokenizer.json``, or a hub id.
+        pretrained: A Hugging Face directory with ``tokenizer.json``, a hub id of one, or a checkpoint made from one.
         num_loops: Depth; None: the usual one that config.json names.
         batch_size: Requests computed together.
         max_batch_size: Not used; the harness passes it.
@@ -54,7 +62,7 @@ class LoopedHarnessModel(TemplateLM):
         max_gen_toks: Longest continuation where a task does not say.
 
     Raises:
-        InputError: If the directory has no tokenizer, or a value is wrong.
+        InputError: If there is no tokenizer, or a value is wrong.
 
     Example:
         >>> from lm_eval import simple_evaluate
@@ -75,26 +83,51 @@ class LoopedHarnessModel(TemplateLM):
         max_gen_toks: int = 256,
     ) -> None:
         super().__init__()
-        if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
-            raise InputError(f"`dtype` must be a type of torch, for example bfloat16, got {dtype!r}.")
-        try:
-            self.batch_size = int(batch_size)
-        except ValueError:
-            raise InputError(f"`batch_size` must be an integer, got {batch_size!r}.") from None
-        folder = local_folder(pretrained)
-        fields = read_origin(folder).config
-        if not (folder / "tokenizer.json").is_file():
-            raise InputError(f"{str(folder)!r} has no tokenizer.json.")
-        self.num_loops = _usual_loops(fields) if num_loops is None else int(num_loops)
-        for name, value, least in (("num_loops", self.num_loops, 0), ("batch_size", self.batch_size, 1)):
-            if value < least:
-                raise InputError(f"`{name}` must be >= {least}, got {value}.")
-        self.model = from_pretrained(folder, dtype=None if dtype is None else getattr(torch, dtype), device=device)
-        self._device = torch.device(device)
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self.cache, self.max_gen_toks = cache, max_gen_toks
-        self.max_length = self.model.config.max_positions if max_length is None else max_length
-        self._special = _special_ids(folder, fields, self.tokenizer)
+        if dtype is not None and dtype not in _DTYPES:
+            raise InputError(f"`dtype` must be one of {list(_DTYPES)}, got {dtype!r}.")
+        # The harness's command line passes it as text.
+        size = int(batch_size) if isinstance(batch_size, str) and batch_size.isdecimal() else batch_size
+        self.batch_size = _integer("batch_size", size, 1)
+        self.max_gen_toks = _integer("max_gen_toks", max_gen_toks, 1)
+        _integer("num_loops", 0 if num_loops is None else num_loops, 0)
+        _integer("max_length", 2 if max_length is None else max_length, 2)
+        self._device = _device(device)
+        source = pretrained if isinstance(pretrained, str | os.PathLike) else repr(pretrained)
+        self.model = load_model(source, dtype=None if dtype is None else getattr(torch, dtype), device=self._device)
+        most = self.model.config.max_positions
+        self.max_length = most if max_length is None else _integer("max_length", max_length, 2, most)
+        origin = Origin(config={}) if self.model.origin is None else self.model.origin
+        self.num_loops = _usual_loops(origin.config) if num_loops is None else num_loops
+        self.tokenizer = _tokenizer(str(source), origin, self.model.config.vocab_size)
+        self._marks = [token.content for token in self.tokenizer.get_added_tokens_decoder().values() if token.special]
+        self._begin, self._ends = _begin_and_ends(origin, self.tokenizer, self.model.config.vocab_size)
+        self.cache = cache
+        self._options({})
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
+    ) -> LoopedHarnessModel:
+        """Build the model from the harness's ``--model_args``, which win over its other options.
+
+        Raises:
+            InputError: If an argument is unknown or missing, or a value is wrong.
+        """
+        known = list(inspect.signature(cls).parameters)
+        unknown = sorted(set(arg_dict) - set(known))
+        if unknown:
+            raise InputError(f"`model_args` must be of {known}, got {unknown}.")
+        if "pretrained" not in arg_dict:
+            raise InputError("`model_args` must hold `pretrained`: a directory, a hub id or a checkpoint file.")
+        given = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        return cls(**{**given, **arg_dict})
+
+    @classmethod
+    def create_from_arg_string(
+        cls, arg_string: str, additional_config: Mapping[str, Any] | None = None
+    ) -> LoopedHarnessModel:
+        """Build the model from ``name=value,…``; see :meth:`create_from_arg_obj`."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @property
     def eot_token_id(self) -> int:
@@ -103,15 +136,16 @@ class LoopedHarnessModel(TemplateLM):
         Raises:
             InputError: If neither tokenizer nor config names one.
         """
-        if self._special["eos"] is None:
-            raise InputError("the task needs an end mark: neither tokenizer_config.json nor config.json names one.")
-        return self._special["eos"]
+        if not self._ends:
+            raise InputError(
+                "the task needs an end mark: tokenizer_config.json, generation_config.json and config.json name none."
+            )
+        return self._ends[0]
 
     @property
     def prefix_token_id(self) -> int:
         """The id that stands before an empty context: the begin mark where there is one, else the end mark."""
-        begin = self._special["bos"]
-        return self.eot_token_id if begin is None else begin
+        return self.eot_token_id if self._begin is None else self._begin
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
         """Return the ids of a text."""
@@ -162,7 +196,8 @@ class LoopedHarnessModel(TemplateLM):
             wanted = self._options(json.loads(key))
             texts = {i: self.tok_encode(requests[i].args[0]) or [self.prefix_token_id] for i in members}
             for batch in _batches(sorted(members, key=lambda i: -len(texts[i])), self.batch_size):
-                answers = self._continue([texts[i] for i in batch], *wanted)
+                # A draw is named by its request: the batch around it changes nothing.
+                answers = self._continue([texts[i] for i in batch], *wanted, torch.tensor(batch))
                 for i, answer in zip(batch, answers, strict=True):
                     results[i] = answer
                     self.cache_hook.add_partial("generate_until", requests[i].args, answer)
@@ -173,37 +208,58 @@ class LoopedHarnessModel(TemplateLM):
         if unknown:
             raise InputError(f"`generation_kwargs` must be of {sorted(_KNOWN_OPTIONS)}, got {unknown}.")
         until = wanted.get("until") or []
-        temperature = float(wanted.get("temperature", 1.0 if wanted.get("do_sample") else 0.0))
-        greedy = not wanted.get("do_sample", temperature > 0)
-        options = GenerationOptions(
-            num_loops=self.num_loops,
-            max_new_tokens=min(int(wanted.get("max_gen_toks", self.max_gen_toks)), self.max_length - 1),
-            end_id=-1 if self._special["eos"] is None else self.eot_token_id,
-            cache=self.cache,
-            temperature=0.0 if greedy else temperature,
-            top_k=None if greedy else wanted.get("top_k"),
-            top_p=None if greedy else wanted.get("top_p"),
-        )
-        return options, [until] if isinstance(until, str) else list(until)
+        try:
+            temperature = float(wanted.get("temperature", 1.0 if wanted.get("do_sample") else 0.0))
+            greedy = not wanted.get("do_sample", temperature > 0)
+            longest = _integer("max_gen_toks", wanted.get("max_gen_toks", self.max_gen_toks), 1)
+            options = GenerationOptions(
+                num_loops=self.num_loops,
+                max_new_tokens=min(longest, self.max_length - 1),
+                end_id=self._ends[0] if self._ends else -1,
+                stop=[[token] for token in self._ends[1:]],
+                cache=self.cache,
+                temperature=0.0 if greedy else temperature,
+                top_k=None if greedy else wanted.get("top_k"),
+                top_p=None if greedy else wanted.get("top_p"),
+            )
+        except (TypeError, ValueError) as error:
+            raise InputError(str(error)) from None
+        until = [until] if isinstance(until, str) else until
+        if not isinstance(until, list) or not all(isinstance(stop, str) for stop in until):
+            raise InputError(f"`until` must be a text or a list of texts, got {until!r}.")
+        return options, [stop for stop in until if stop]
 
-    def _continue(self, texts: Sequence[list[int]], options: GenerationOptions, until: Sequence[str]) -> list[str]:
+    def _continue(
+        self, texts: Sequence[list[int]], options: GenerationOptions, until: Sequence[str], keys: Tensor
+    ) -> list[str]:
         room = self.max_length - options.max_new_tokens
         ids, mask = self._padded([text[-room:] for text in texts], left=True)
         written: list[list[int]] = [[] for _ in texts]
-        answers = [""] * len(texts)
         open_rows = set(range(len(texts)))
-        for step in stream_tokens(self.model, ids, options, mask):
+        for step in stream_tokens(self.model, ids, options, mask, keys):
             for row in sorted(open_rows):
                 token = int(step.tokens[row])
-                if token != options.end_id:
+                if token not in self._ends:
                     written[row].append(token)
-                # A stop string may span tokens: it is looked for in the text.
-                answers[row] = self.tokenizer.decode(written[row])
-                if bool(step.finished[row]) or any(stop in answers[row] for stop in until):
+                # A stop string may span tokens, and be a mark: it is looked for in the text with its marks.
+                text = self.tokenizer.decode(written[row], skip_special_tokens=False)
+                if bool(step.finished[row]) or any(stop in text for stop in until):
                     open_rows.discard(row)
             if not open_rows:
                 break
-        return [_cut(answer, until) for answer in answers]
+        return [self._answer(tokens, until) for tokens in written]
+
+    def _answer(self, tokens: list[int], until: Sequence[str]) -> str:
+        """Return the text without marks, up to the first of the stop strings."""
+        whole = self.tokenizer.decode(tokens, skip_special_tokens=False)
+        text = whole
+        for stop in until:
+            text = text.split(stop)[0]
+        if text == whole:
+            return str(self.tokenizer.decode(tokens))
+        for mark in self._marks:
+            text = text.replace(mark, "")
+        return text
 
     def _padded(self, texts: Sequence[list[int]], left: bool) -> tuple[Tensor, Tensor | None]:
         longest = max(map(len, texts))
@@ -215,33 +271,70 @@ class LoopedHarnessModel(TemplateLM):
         return ids.to(self._device), None if bool(mask.all()) else mask.to(self._device)
 
 
-def _cut(text: str, until: Iterable[str]) -> str:
-    """Return the text before the first of the stop strings."""
-    for stop in until:
-        text = text.split(stop)[0] if stop else text
-    return text
-
-
 def _batches(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     return (indices[start : start + size] for start in range(0, len(indices), size))
+
+
+def _integer(name: str, value: Any, least: int, most: int = 2**31 - 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise InputError(f"`{name}` must be an integer from {least} to {most}, got {value!r}.")
+    return value
+
+
+def _device(name: Any) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError):
+        device = torch.device("meta")
+    if device.type == "meta":
+        raise InputError(f"`device` must be one that this machine has, for example cpu, got {name!r}.")
+    return device
 
 
 def _usual_loops(fields: Mapping[str, Any]) -> int:
     for name in _LOOPS_FIELDS:
         if fields.get(name) is not None:
-            return int(fields[name])
+            return _integer(name, fields[name], 0)
     raise InputError("`num_loops` must be given: config.json names no usual number of loops.")
 
 
-def _special_ids(folder: Path, fields: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, int | None]:
-    """Return the ids of begin and end mark; the tokenizer's own come first, published model configs have wrong ones."""
-    path = folder / "tokenizer_config.json"
-    named = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    found: dict[str, int | None] = {}
+def _tokenizer(source: str, origin: Origin, vocab_size: int) -> Tokenizer:
+    if "tokenizer.json" not in origin.files:
+        raise InputError(f"{source!r} has no tokenizer.json.")
+    try:
+        tokenizer = Tokenizer.from_buffer(origin.files["tokenizer.json"])
+    except Exception as error:  # the library raises nothing more special
+        raise InputError(f"{source!r}: tokenizer.json is no tokenizer: {error}") from None
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest >= vocab_size:
+        raise InputError(f"{source!r}: tokenizer.json has ids up to {largest}, the model takes {vocab_size} tokens.")
+    return tokenizer
+
+
+def _begin_and_ends(origin: Origin, tokenizer: Tokenizer, vocab_size: int) -> tuple[int | None, list[int]]:
+    """Return the id of the begin mark and those that end a text, each once.
+
+    The tokenizer's own come first, then those of generation_config.json; config.json counts where both are silent:
+    published ones are wrong.
+    """
+    named, generation = (
+        parse_object(f"{name}_config.json", origin.files.get(f"{name}_config.json", b"{}"))
+        for name in ("tokenizer", "generation")
+    )
+    found: dict[str, list[int]] = {}
     for mark in ("bos", "eos"):
         token = named.get(f"{mark}_token")
         text = token.get("content") if isinstance(token, dict) else token
-        known = None if text is None else tokenizer.token_to_id(text)
-        fallback = fields.get(f"{mark}_token_id")
-        found[mark] = known if known is not None else fallback if isinstance(fallback, int) else None
-    return found
+        known = tokenizer.token_to_id(text) if isinstance(text, str) else None
+        ids = [] if known is None else [known]
+        ids += _ids(f"{mark}_token_id` of `generation_config.json", generation.get(f"{mark}_token_id"), vocab_size)
+        if not ids:
+            ids = _ids(f"{mark}_token_id` of `config.json", origin.config.get(f"{mark}_token_id"), vocab_size)
+        found[mark] = list(dict.fromkeys(ids))
+    return next(iter(found["bos"]), None), found["eos"]
+
+
+def _ids(what: str, value: Any, vocab_size: int) -> list[int]:
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    return [_integer(what, token, 0, vocab_size - 1) for token in ids]

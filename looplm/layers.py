@@ -42,6 +42,9 @@ class Norm(nn.Module):
         """Map ``(…, D)`` to ``(…, D)``."""
         if self.centred:
             return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
+        if self.weight is not None and x.dtype == self.weight.dtype and x.dtype in (torch.bfloat16, torch.float16):
+            # As Ouro and Huginn were trained: the normed value is rounded before the gain multiplies it.
+            return F.rms_norm(x, self.shape, None, self.eps) * self.weight
         return F.rms_norm(x, self.shape, self.weight, self.eps)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,21 +13,12 @@ from looplm.cache import KVSlot, LoopKVCache
 from looplm.config import LoopedConfig
 from looplm.layers import Block, DiagonalInjection, Norm, rotary_angles
 from looplm.loop import Hidden, LoopState, unroll_at
+from looplm.origin import Origin
 from looplm.randomness import fold
 
 __all__ = ["LoopedTransformer", "Origin"]
 
 _NOISE_BLOCK = 16  # positions whose initial states are drawn together in evaluation
-
-
-@dataclass(frozen=True, kw_only=True)
-class Origin:
-    """Where a model's weights came from, for what is to be given back with them."""
-
-    config: Mapping[str, Any]
-    """The fields of its ``config.json``."""
-    files: Mapping[str, bytes] = field(default_factory=dict)
-    """Tokenizer files and the like, by name."""
 
 
 class LoopedTransformer(nn.Module):

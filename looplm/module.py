@@ -11,11 +11,12 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from looplm.cache import LoopKVCache
-from looplm.checkpoints import load_model, pack_origin
+from looplm.checkpoints import load_model
 from looplm.config import LoopedConfig
 from looplm.depth import LogNormalDepth
 from looplm.errors import InputError
@@ -23,6 +24,7 @@ from looplm.generation import generate, generate_at_depths, predictions_at_depth
 from looplm.loop import Hidden, LoopState, check_depths
 from looplm.model import LoopedTransformer
 from looplm.objective import STARSObjective
+from looplm.origin import pack_origin
 from looplm.parallel import choose_product, count_labels, shard_looped
 from looplm.randomness import StepKey
 
@@ -72,9 +74,15 @@ class LRSchedule:
 def _pretrained(config: LoopedConfig, source: str) -> LoopedTransformer:
     model = load_model(source, dtype=torch.float32)
     try:
-        config = config.for_weights(model.config)
+        asked, config = config, config.for_weights(model.config)
     except ValueError as error:
         raise InputError(f"`init_from` {source!r}: {error}") from None
+    # A default cannot be told from the same value given: whoever gave it must see that it is not used.
+    followed = [f"{name} {value}" for name, value in config.to_dict().items() if value != getattr(asked, name)]
+    rank_zero_info(
+        f"weights of {source}: {', '.join(followed) or 'every field of `model.config`'} as there; dropout "
+        f"{config.dropout} as in `model.config`"
+    )
     if config != model.config:
         weights, origin = model.state_dict(), model.origin
         with torch.device("meta"):
@@ -106,8 +114,8 @@ class LoopLM(L.LightningModule):
         temperature: Of the draws of these answers; 0: greedy.
         seed: Seed of every draw of a training step.
         init_from: Start from these weights: a checkpoint file, a Hugging Face directory or a hub id (Ouro, Huginn, our
-            own). The architecture is theirs, see :meth:`~looplm.config.LoopedConfig.for_weights`; trained in float32
-            unless ``trainer.precision`` says otherwise. None: random weights.
+            own). The architecture is theirs, see :meth:`~looplm.config.LoopedConfig.for_weights`, but for ``dropout``;
+            trained in float32 unless ``trainer.precision`` says otherwise. None: random weights.
 
     Raises:
         InputError: If ``init_from`` cannot be read or has another architecture.
@@ -157,6 +165,11 @@ class LoopLM(L.LightningModule):
         self.num_samples = num_samples
         self.temperature = temperature
         self.seed = seed
+
+    @property
+    def config(self) -> LoopedConfig:
+        """The model's architecture."""
+        return self.model.config
 
     def embed(
         self,

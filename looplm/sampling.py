@@ -42,6 +42,12 @@ class Sampling:
     """Seed of the draws."""
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_k", "top_p", "seed"):
+            value, integer = getattr(self, name), name in ("top_k", "seed")
+            if value is None and name.startswith("top_"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int if integer else int | float):
+                raise ValueError(f"`{name}` must be {'an integer' if integer else 'a number'}, got {value!r}.")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"`temperature` must be >= 0 and finite, got {self.temperature}.")
         if self.top_k is not None and self.top_k < 1:
@@ -64,10 +70,13 @@ class Sampling:
         """
         if self.temperature == 0:
             return logits.argmax(-1)
-        ordered, tokens = (logits.float() / self.temperature).sort(dim=-1, descending=True, stable=True)
+        # From the likeliest down and in float64: a tiny temperature must not overflow.
+        logits = logits.double()
+        tempered = (logits - logits.amax(-1, keepdim=True)) / self.temperature
+        ordered, tokens = tempered.sort(dim=-1, descending=True, stable=True)
         if self.top_k is not None:
             ordered, tokens = ordered[:, : self.top_k], tokens[:, : self.top_k]
-        probabilities = ordered.double().softmax(-1)
+        probabilities = ordered.softmax(-1)
         if self.top_p is not None:
             # A token stays while those before it have not reached p; the likeliest always stays.
             before = probabilities.cumsum(-1) - probabilities

@@ -6,7 +6,7 @@ Knows names, shapes and bytes; no model and no config.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from looplm.errors import InputError
+from looplm.untrusted import is_file_name, read_object
 
-__all__ = ["Shards", "write_shards"]
+__all__ = ["PICKLE_SUFFIXES", "Shards", "check_shapes", "write_shards"]
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".th", ".pkl", ".pickle", ".ckpt", ".joblib")
+"""Endings, in lower case, of files that may run code when they are loaded."""
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _INDEX = "model.safetensors.index.json"
 _PIECE_BYTES = 2**24
 
@@ -32,12 +35,13 @@ class Shards:
         folder: Holds ``model.safetensors``, or ``model.safetensors.index.json`` and the files that it names.
 
     Raises:
-        InputError: If the directory holds a pickle or no weights, or a file is missing, damaged or contradicts the
-            index.
+        InputError: If the directory holds a pickle, no weights, or weights that no index names, or a file is missing,
+            damaged or contradicts the index.
     """
 
     def __init__(self, folder: Path) -> None:
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+        names = sorted(path.name for path in folder.iterdir())
+        pickles = [name for name in names if Path(name).suffix.lower() in PICKLE_SUFFIXES]
         if pickles:
             raise InputError(
                 f"{str(folder)!r} holds pickle files, which can run code when they are loaded: {pickles}. Only "
@@ -48,8 +52,13 @@ class Shards:
         self.dtypes: dict[str, torch.dtype] = {}
         self._files: dict[str, Path] = {}
         index = self._index()
-        for file in sorted(set(index.values())) if index is not None else ["model.safetensors"]:
+        files = sorted(set(index.values())) if index is not None else ["model.safetensors"]
+        for file in files:
             self._read_header(folder / file)
+        stray = [name for name in names if Path(name).suffix.lower() == ".safetensors" and name not in files]
+        if stray:
+            where = _INDEX if index is not None else f"no {_INDEX}"
+            raise InputError(f"{str(folder)!r} holds weights beside its own, which {where} names: {stray[:5]}.")
         for name, file in (index or {}).items():
             if self._files.get(name) != folder / file:
                 raise InputError(f"{_INDEX} says that {name!r} is in {file}, which does not hold it.")
@@ -61,13 +70,10 @@ class Shards:
         path = self.folder / _INDEX
         if not path.is_file():
             return None
-        try:
-            index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{str(path)!r} is no index of tensors ({type(error).__name__}).") from None
+        index = read_object(path).get("weight_map")
         # A file name with a path in it would leave the directory.
-        if not isinstance(index, dict) or not all(isinstance(f, str) and Path(f).name == f for f in index.values()):
-            raise InputError(f"{str(path)!r} must map tensors to files of the same directory.")
+        if not isinstance(index, dict) or not all(map(is_file_name, index.values())):
+            raise InputError(f"{str(path)!r} must have a `weight_map` of tensors to files of the same directory.")
         return index
 
     def _read_header(self, path: Path) -> None:
@@ -86,24 +92,6 @@ class Shards:
                     self.dtypes[name] = _DTYPES[piece.get_dtype()]
         except (SafetensorError, OSError) as error:
             raise InputError(f"{str(path)!r} is damaged, or no safetensors file: {error}.") from None
-
-    def check(self, expected: Mapping[str, Sequence[int]], optional: Iterable[str] = ()) -> None:
-        """Compare names and shapes with what a model needs.
-
-        Raises:
-            InputError: Names what is missing, superfluous or of another shape.
-        """
-        missing = sorted(expected.keys() - self.shapes.keys())
-        extra = sorted(self.shapes.keys() - expected.keys() - set(optional))
-        for what, names in (("lacks the tensors", missing), ("has superfluous tensors", extra)):
-            if names:
-                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-                raise InputError(f"{str(self.folder)!r} {what} {names[:5]}{more}.")
-        for name, shape in expected.items():
-            if self.shapes[name] != tuple(shape):
-                raise InputError(
-                    f"{str(self.folder)!r}: {name!r} must have the shape {tuple(shape)}, got {self.shapes[name]}."
-                )
 
     def read(self, name: str) -> Tensor:
         """Return a copy of a whole tensor."""
@@ -125,6 +113,34 @@ class Shards:
                 piece = file.get_slice(name)[start + first : start + last]
                 flat[first:last].copy_(piece.reshape(-1, row_size))
                 del piece
+
+
+def check_shapes(
+    where: str,
+    expected: Mapping[str, Sequence[int]],
+    found: Mapping[str, Sequence[int]],
+    optional: Mapping[str, Sequence[int]] | None = None,
+) -> None:
+    """Compare names and shapes of tensors with what a model needs.
+
+    Args:
+        where: What the message calls the place where they were found.
+        expected: Shapes that must be there.
+        found: Shapes that are.
+        optional: Shapes that may be there.
+
+    Raises:
+        InputError: Names what is missing, superfluous or of another shape.
+    """
+    known = {**expected, **(optional or {})}
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - known.keys())
+    for what, names in (("lacks the tensors", missing), ("has superfluous tensors", extra)):
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise InputError(f"{where} {what} {names[:5]}{more}.")
+    for name, shape in found.items():
+        if tuple(shape) != tuple(known[name]):
+            raise InputError(f"{where}: {name!r} must have the shape {tuple(known[name])}, got {tuple(shape)}.")
 
 
 def write_shards(

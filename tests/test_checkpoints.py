@@ -173,13 +173,16 @@ def rewrite(folder, change):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def set_field(name, value):
+def set_fields(**values):
     def change(folder):
         fields = json.loads((folder / "config.json").read_text())
-        fields[name] = value
-        (folder / "config.json").write_text(json.dumps(fields))
+        (folder / "config.json").write_text(json.dumps({**fields, **values}))
 
     return change
+
+
+def set_field(name, value):
+    return set_fields(**{name: value})
 
 
 def truncate(folder):
@@ -230,7 +233,7 @@ BROKEN = {
     "scaled rotary": (set_field("rope_scaling", {"rope_type": "yarn"}), "only the default rotary positions"),
     "window": (set_field("use_sliding_window", True), "`use_sliding_window` must be one of"),
     "heads do not divide": (set_field("num_key_value_heads", 3), "`num_kv_heads` must divide"),
-    "other sizes": (set_field("num_hidden_layers", 3), "lacks the tensors .*layers.2.*and 6 more"),
+    "other sizes": (set_fields(num_hidden_layers=3, layer_types=None), "lacks the tensors .*layers.2.*and 6 more"),
 }
 
 

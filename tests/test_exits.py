@@ -147,6 +147,20 @@ def test_the_gates_quantile_is_reached_where_its_distribution_says():
         assert (steps == expected).float().mean() > 0.99  # the two sums may round apart
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_quantile_of_one_runs_every_loop(dtype):
+    model = build("ouro", seed=3).to(dtype)
+    model.exit_gate.weight.data.zero_()
+    model.exit_gate.bias.data.fill_(20.0)  # its sigmoid is 1 in float32
+    always = generate_with_loops(model, PROMPTS, options(exit_rule=GateExit(1.0)), MASK)
+    assert torch.equal(always.loops, torch.full((3, 5), 6))
+    early = generate_with_loops(model, PROMPTS, options(exit_rule=GateExit(0.99)), MASK)
+    assert torch.equal(early.loops, torch.ones(3, 5).long())
+    survival = torch.tensor([0.0, 1e-30])
+    signals = LoopSignals(depth=1, previous=torch.zeros(2, 1), hidden=torch.zeros(2, 1), survival=survival)
+    assert GateExit(1.0)(signals).tolist() == [True, False]
+
+
 def test_certain_and_impossible_tokens_have_no_entropy():
     logits = torch.tensor([[0.0, -float("inf"), -float("inf")]])
     h = torch.zeros(1, 1)

@@ -113,6 +113,69 @@ def test_continuations_longer_than_the_model_are_refused():
         generate(build(), torch.ones(1, 10, dtype=torch.long), num_loops=1, max_new_tokens=4, end_id=-1)
 
 
+class Told:
+    """A model that must not be asked anything."""
+
+    def __init__(self, model):
+        self.config, self.training = model.config, model.training
+
+    def embed(self, *arguments):
+        raise AssertionError("computed before it was checked")
+
+    step = decode = embed
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": torch.tensor([1, 2])}, r"`tokens` must be integers \(B, T\).* got torch.int64 \(2,\)"),
+        ({"tokens": torch.zeros(1, 0, dtype=torch.long)}, r"at least one token, got torch.int64 \(1, 0\)"),
+        ({"tokens": torch.zeros(0, 3, dtype=torch.long)}, r"at least one row .* \(0, 3\)"),
+        ({"tokens": torch.ones(1, 2)}, "must be integers .* got torch.float32"),
+        ({"tokens": torch.tensor([[1, VOCAB]])}, r"must be in \[0, 5\) \(`vocab_size`\), got 1 to 5"),
+        ({"tokens": torch.tensor([[1, -1]])}, "got -1 to 1"),
+        ({"stop": [5]}, r"`stop` must hold sequences of at least one id, got \[5\]"),
+        ({"stop": [[]]}, "`stop` must hold sequences"),
+        ({"stop": "ab"}, "`stop` must hold sequences"),
+        ({"end_id": None}, "`end_id` must be an integer, got None"),
+        ({"num_loops": 2.0}, "`num_loops` must be an integer, got 2.0"),
+        ({"num_loops": True}, "`num_loops` must be an integer, got True"),
+        ({"max_new_tokens": "3"}, "`max_new_tokens` must be an integer, got '3'"),
+        ({"max_new_tokens": 2**40}, r"have 12 tokens \(`max_positions`\), got a prompt of 2 and .* 1099511627776"),
+        ({"max_new_tokens": 12}, "got a prompt of 2 and `max_new_tokens` 12"),
+        ({"cache": "foo"}, "`cache` must be `per_loop`, `last` or `ring"),
+    ],
+)
+def test_what_cannot_be_generated_is_refused_before_anything_is_computed(changes, message):
+    request = {"tokens": torch.tensor([[1, 2]]), "num_loops": 2, "max_new_tokens": 3, "end_id": -1, **changes}
+    for model in (Told(build()), build()):
+        with pytest.raises(ValueError, match=message) as caught:
+            generate(model, request["tokens"], **{k: v for k, v in request.items() if k != "tokens"})
+        assert "\n" not in str(caught.value)
+
+
+def test_a_model_in_training_mode_is_refused():
+    with pytest.raises(ValueError, match="must be in evaluation mode"):
+        generate(Told(build().train()), torch.tensor([[1, 2]]), num_loops=1, max_new_tokens=1, end_id=-1)
+
+
+def test_a_continuation_may_fill_the_model_to_its_last_position():
+    for cache in ("auto", "none"):
+        tokens = generate(build(), torch.ones(1, 10).long(), num_loops=1, max_new_tokens=3, end_id=-1, cache=cache)
+        assert tokens.shape == (1, 3)
+
+
+def test_a_row_is_drawn_by_its_key_wherever_it_stands():
+    model, tokens, keys = build(3), torch.tensor([[1, 2], [3, 4], [2, 2]]), torch.tensor([70, 80, 90])
+    options = GenerationOptions(num_loops=2, max_new_tokens=6, end_id=-1, temperature=5.0)
+
+    def drawn(order):
+        steps = stream_tokens(model, tokens[order], options, row_keys=keys[order])
+        return torch.stack([step.tokens for step in steps], 1)
+
+    assert torch.equal(drawn([2, 0, 1]), drawn([0, 1, 2])[[2, 0, 1]])
+
+
 def padded(prompts):
     longest = max(map(len, prompts))
     tokens = torch.tensor([[1] * (longest - len(p)) + p for p in prompts])

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,12 +11,12 @@ import torch
 pytest.importorskip("lm_eval")
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from looplm.checkpoints import save_pretrained
+from looplm.checkpoints import save_checkpoint, save_pretrained
 from looplm.config import LoopedConfig
 from looplm.errors import InputError
 from looplm.generation import generate
 from looplm.harness import LoopedHarnessModel
-from looplm.model import LoopedTransformer
+from looplm.model import LoopedTransformer, Origin
 
 ALPHABET = "0123456789+= ab\n"
 VOCAB = {"[end]": 0, **{character: i for i, character in enumerate(ALPHABET, start=1)}}
@@ -155,7 +156,7 @@ def test_generation_stops_at_a_string_and_is_cut_before_it(folder):
 def test_the_harness_runs_our_tasks_at_a_depth_from_its_command_line(folder, tasks, tmp_path):
     num_loops = 1  # not the usual number of the directory
     command = [sys.executable, "-m", "looplm", "eval", "--model", "looplm", "--include_path", str(tasks)]
-    command += ["--model_args", f"pretrained={folder},num_loops={num_loops}", "--batch_size", "4", "--device", "cpu"]
+    command += ["--model_args", f"pretrained={folder},num_loops={num_loops}", "--batch_size", "4"]
     command += ["--tasks", "own_choice,own_answer,own_text", "--output_path", str(tmp_path / "out.json")]
     offline = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **offline})
@@ -183,12 +184,25 @@ def test_the_harness_runs_our_tasks_at_a_depth_from_its_command_line(folder, tas
 def test_what_cannot_be_evaluated_is_refused_in_one_line(folder, tmp_path):
     for arguments, message in (
         ({"pretrained": str(tmp_path / "none")}, "must be a directory or a hub id"),
-        ({"pretrained": str(folder), "batch_size": "auto"}, "`batch_size` must be an integer, got 'auto'"),
-        ({"pretrained": str(folder), "num_loops": -1}, "`num_loops` must be >= 0, got -1"),
-        ({"pretrained": str(folder), "dtype": "float17"}, "`dtype` must be a type of torch"),
+        ({"pretrained": str(folder), "batch_size": "auto"}, "`batch_size` must be an integer from 1 to .* got 'auto'"),
+        ({"pretrained": str(folder), "num_loops": -1}, "`num_loops` must be an integer from 0 to .* got -1"),
+        ({"pretrained": str(folder), "num_loops": "abc"}, "`num_loops` must be an integer from 0 to .* got 'abc'"),
+        ({"pretrained": str(folder), "dtype": "float17"}, "`dtype` must be one of .* got 'float17'"),
+        ({"pretrained": str(folder), "dtype": "int64"}, "`dtype` must be one of .* got 'int64'"),
+        ({"pretrained": str(folder), "device": "bogus"}, "`device` must be one that this machine has.* got 'bogus'"),
+        ({"pretrained": str(folder), "device": "cuda:99"}, "`device` must be one that this machine has"),
+        ({"pretrained": str(folder), "cache": "foo"}, "`cache` must be `per_loop`.* got 'foo'"),
+        ({"pretrained": str(folder), "cache": 5}, "`cache` must be `per_loop`.* got 5"),
+        ({"pretrained": str(folder), "max_length": 1}, "`max_length` must be an integer from 2 to .* got 1"),
+        ({"pretrained": str(folder), "max_length": 25}, "`max_length` must be an integer from 2 to 24, got 25"),
+        ({"pretrained": str(folder), "max_gen_toks": 0}, "`max_gen_toks` must be an integer from 1 to .* got 0"),
+        ({"pretrained": str(folder), "loops": 3}, r"`model_args` must be of .* got \['loops'\]"),
+        ({"num_loops": 3}, "`model_args` must hold `pretrained`"),
+        ({"pretrained": 5}, "must be a directory or a hub id"),
     ):
-        with pytest.raises(InputError, match=message):
-            LoopedHarnessModel(**arguments)
+        with pytest.raises(InputError, match=message) as caught:
+            LoopedHarnessModel.create_from_arg_obj(arguments, {"batch_size": 1})
+        assert "\n" not in str(caught.value)
     bare = tmp_path / "bare"
     save_pretrained(LoopedTransformer(LoopedConfig(vocab_size=5, max_positions=4, width=4, num_heads=1)), bare)
     with pytest.raises(InputError, match=r"has no tokenizer\.json"):
@@ -196,3 +210,77 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(folder, tmp_path):
     harness = LoopedHarnessModel(str(folder))
     with pytest.raises(InputError, match=r"`generation_kwargs` must be of .* got \['num_beams'\]"):
         harness.generate_until([request("1", {"num_beams": 4})])
+    for options, message in (
+        ({"max_gen_toks": 0}, "`max_gen_toks` must be an integer from 1"),
+        ({"do_sample": True, "top_k": 0}, "`top_k` must be >= 1, got 0"),
+        ({"do_sample": True, "top_k": 2.5}, "`top_k` must be an integer, got 2.5"),
+        ({"temperature": "hot"}, "hot"),
+        ({"until": [3]}, "`until` must be a text or a list of texts"),
+    ):
+        with pytest.raises(InputError, match=message):
+            harness.generate_until([request("1", options)])
+
+
+def changed(folder, target, **files):
+    shutil.copytree(folder, target)
+    for name, content in files.items():
+        name = name.replace("__", ".")
+        (target / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(target)
+
+
+def test_files_of_a_tokenizer_that_cannot_be_used_are_refused_in_one_line(folder, tmp_path):
+    small = Tokenizer(models.WordLevel({**VOCAB, "more": 40}, unk_token="[end]")).to_str()
+    for number, (files, message) in enumerate(
+        (
+            ({"tokenizer__json": "{"}, "tokenizer.json is no tokenizer"),
+            ({"tokenizer__json": small}, "has ids up to 40, the model takes 17 tokens"),
+            ({"tokenizer_config__json": "["}, "'tokenizer_config.json' is no JSON"),
+            ({"generation_config__json": []}, "'generation_config.json' must hold an object"),
+            ({"generation_config__json": {"eos_token_id": 99}}, "`eos_token_id` of `generation_config.json` must be"),
+        )
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            LoopedHarnessModel(changed(folder, tmp_path / str(number), **files))
+        assert "\n" not in str(caught.value)
+
+
+def test_every_end_mark_ends_and_none_is_said(folder, tmp_path):
+    free = LoopedHarnessModel(str(folder)).generate_until([request("12+34", {"max_gen_toks": 8})])[0]
+    assert len(free) > 2
+    second = VOCAB[free[1]]
+    for number, (files, ends) in enumerate(
+        (
+            ({"generation_config__json": {"eos_token_id": [second, 3]}}, [0, second, 3]),
+            ({"generation_config__json": {"eos_token_id": second}}, [0, second]),
+        )
+    ):
+        harness = LoopedHarnessModel(changed(folder, tmp_path / str(number), **files))
+        assert harness._ends == ends
+        assert harness.generate_until([request("12+34", {"max_gen_toks": 8})]) == [free[: free.index(free[1])]]
+    fields = {**json.loads((folder / "config.json").read_text()), "eos_token_id": [second, 0]}
+    silent = {"tokenizer_config__json": {}, "config__json": fields}
+    model = LoopedTransformer(LoopedConfig.from_dict(fields["architecture"])).eval()
+    model.origin = Origin(config=fields, files={"tokenizer.json": (folder / "tokenizer.json").read_bytes()})
+    save_checkpoint(model, tmp_path / "m.ckpt")  # a checkpoint that carries its tokenizer will do too
+    for pretrained in (changed(folder, tmp_path / "silent", **silent), str(tmp_path / "m.ckpt")):
+        assert LoopedHarnessModel(pretrained)._ends == [second, 0]
+
+
+def test_a_stop_string_may_be_a_mark(folder, tmp_path):
+    free = LoopedHarnessModel(str(folder)).generate_until([request("12+34", {"max_gen_toks": 8})])[0]
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens([free[1]])
+    harness = LoopedHarnessModel(changed(folder, tmp_path / "a", tokenizer__json=tokenizer.to_str()))
+    for until in ([free[1]], [free[1:3]], free[1]):
+        (answer,) = harness.generate_until([request("12+34", {"until": until, "max_gen_toks": 8})])
+        whole = until if isinstance(until, str) else until[0]
+        assert answer == free[: free.index(whole)].replace(free[1], "")
+
+
+def test_a_drawn_answer_does_not_depend_on_its_batch(folder):
+    wanted = {"do_sample": True, "temperature": 2.0, "max_gen_toks": 8}
+    requests = [request(text, wanted) for text in ("1+2=", "12+34", "a b a", "7", "7")]
+    answers = [LoopedHarnessModel(str(folder), batch_size=size).generate_until(requests) for size in (1, 2, 5)]
+    assert answers[0] == answers[1] == answers[2]
+    assert len(set(answers[0])) > 1

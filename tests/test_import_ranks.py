@@ -15,13 +15,15 @@ import looplm
 PACKAGE = Path(looplm.__file__).parent
 # The most specific name counts. What nothing may depend on stands highest.
 RANKS = {
-    "errors": -1,
+    "errors": -2,
     "randomness": -1,
+    "untrusted": -1,
     "loop": 0,
     "config": 0,
     "cache": 0,
     "shards": 0,
     "families": 1,
+    "origin": 1,
     "exits": 0,
     "sampling": 0,
     "depth": 0,

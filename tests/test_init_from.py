@@ -70,8 +70,8 @@ def test_a_run_starts_from_the_directorys_weights_and_architecture(ouro: Path) -
     config = LoopedConfig(vocab_size=data.vocab_size, max_positions=data.max_positions)
     module = LoopLM(config, init_from=str(ouro))
     loaded = from_pretrained(ouro)
-    assert module.model.config == loaded.config
-    assert module.hparams["config"] == loaded.config.to_dict()
+    assert module.model.config == replace(loaded.config, dropout=config.dropout)
+    assert module.hparams["config"] == module.model.config.to_dict()
     theirs = loaded.state_dict()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in module.model.state_dict().items())
     assert all(part.training for part in module.modules())
@@ -111,7 +111,18 @@ def test_a_run_goes_on_and_is_tested_without_what_it_started_from(ouro: Path, tm
     assert _fit(root, ouro, "--ckpt_path=last", "--trainer.max_steps=5") == 0
     assert torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 5
     assert str(ouro) in (root / "config.yaml").read_text()  # where it came from stays on record
-    assert load_checkpoint(root / "checkpoints" / "last.ckpt").config == architecture
+    assert load_checkpoint(root / "checkpoints" / "last.ckpt").config == replace(architecture, dropout=0.1)
+
+
+def test_dropout_is_the_runs_own_and_a_line_says_what_is_not(ouro: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for dropout in (0.1, 0.25):  # the first is the default
+        asked = LoopedConfig(vocab_size=8, max_positions=8, dropout=dropout)
+        with caplog.at_level("INFO"):
+            assert LoopLM(asked, init_from=str(ouro)).model.core[0].attention.dropout == dropout
+        (line,) = [record.getMessage() for record in caplog.records if str(ouro) in record.getMessage()]
+        assert "width 16" in line
+        assert line.endswith(f"dropout {dropout} as in `model.config`")
+        caplog.clear()
 
 
 def test_one_line_says_what_does_not_fit(ouro: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

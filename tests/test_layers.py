@@ -38,6 +38,17 @@ def test_norm_equals_its_formula(norm_type, x):
     assert len(list(norm.parameters())) == {"layer_norm": 2, "rms_norm": 1, "simple_norm": 0}[norm_type]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rms_norm_in_half_precision_rounds_before_the_gain(dtype):
+    norm = randomised(Norm(config(norm_type="rms_norm", norm_eps=1e-6))).to(dtype)
+    x = torch.randn(500, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
+    wide = x.float()
+    expected = norm.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(dtype)
+    assert torch.equal(norm(x), expected)
+    once = torch.nn.functional.rms_norm(x, (WIDTH,), norm.weight, 1e-6)
+    assert not torch.equal(norm(x), once)  # what a fused kernel gives
+
+
 @pytest.mark.parametrize("placement", ["pre_norm", "post_norm", "sandwich_branch", "sandwich_dual"])
 @pytest.mark.parametrize("norm_type", ["layer_norm", "rms_norm", "simple_norm"])
 def test_block_equals_the_papers_formula(placement, norm_type, x):

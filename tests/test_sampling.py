@@ -48,6 +48,15 @@ def test_a_draw_depends_on_seed_row_and_place_alone(seed, place, rows):
     assert not torch.equal(sampling(logits, torch.arange(100), place + 1), whole)
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-310, 5e-324])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tiny_temperature_is_almost_greedy(temperature, dtype):
+    logits = torch.tensor([[1e4, -3e4, 1.2e4, -float("inf"), 0.0]], dtype=dtype).expand(50, -1)
+    assert (Sampling(temperature=temperature, top_p=0.9)(logits, torch.arange(50), 0) == 2).all()
+    tied = torch.tensor([[1.0, 1.0, 0.0]], dtype=dtype).expand(200, -1)
+    assert set(Sampling(temperature=temperature)(tied, torch.arange(200), 0).tolist()) == {0, 1}
+
+
 def test_impossible_tokens_are_never_drawn():
     logits = torch.tensor([[-float("inf"), 0.0, -float("inf")]]).expand(1000, -1)
     assert (Sampling(temperature=5.0)(logits, torch.arange(1000), 3) == 1).all()
@@ -60,6 +69,10 @@ def test_impossible_tokens_are_never_drawn():
         ({"temperature": float("nan")}, "`temperature` must be >= 0"),
         ({"temperature": 1.0, "top_k": 0}, "`top_k` must be >= 1, got 0"),
         ({"temperature": 1.0, "top_p": 0.0}, r"`top_p` must be in \(0, 1\], got 0.0"),
+        ({"temperature": 1.0, "top_k": 2.5}, "`top_k` must be an integer, got 2.5"),
+        ({"temperature": 1.0, "top_k": True}, "`top_k` must be an integer, got True"),
+        ({"temperature": 1.0, "top_p": "0.9"}, "`top_p` must be a number, got '0.9'"),
+        ({"temperature": None}, "`temperature` must be a number, got None"),
         ({"top_k": 3}, "no effect with `temperature: 0`"),
     ],
 )

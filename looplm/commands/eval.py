@@ -23,8 +23,12 @@ def run(argv: Sequence[str]) -> int:
         import looplm.harness  # noqa: F401 - registers the model
     except ModuleNotFoundError as error:
         raise InputError(str(error)) from None
+    import torch
     from lm_eval.__main__ import cli_evaluate
 
-    sys.argv = ["lm_eval", "run", *argv]  # the harness reads the process's own arguments
+    # The harness's own default is a GPU. A later --device wins over this one, but so would this one over a file's.
+    in_file = any(argument.startswith(("--config", "-C")) for argument in argv)
+    device = [] if not argv or in_file or torch.cuda.is_available() else ["--device", "cpu"]
+    sys.argv = ["lm_eval", "run", *device, *argv]  # the harness reads the process's own arguments
     cli_evaluate()
     return 0

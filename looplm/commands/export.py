@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from looplm.checkpoints import load_checkpoint, read_origin, save_pretrained
 from looplm.commands.arguments import Parser
 
 __all__ = ["run"]
+
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def run(argv: Sequence[str]) -> int:
@@ -20,9 +24,13 @@ def run(argv: Sequence[str]) -> int:
         "--like", type=Path, metavar="DIR", help="take config fields and tokenizer from this directory, the original's"
     )
     parser.add_argument("--num_loops", type=int, metavar="N", help="the usual number of loops that config.json names")
+    parser.add_argument("--dtype", choices=_DTYPES, help="type of the weights; default: that of the checkpoint")
     args = parser.parse_args(argv)
     if args.num_loops is not None and args.num_loops < 1:
         parser.error(f"`--num_loops` must be >= 1, got {args.num_loops}")
     origin = None if args.like is None else read_origin(args.like)
-    save_pretrained(load_checkpoint(args.checkpoint), args.output, origin=origin, num_loops=args.num_loops)
+    model = load_checkpoint(args.checkpoint)
+    if args.dtype is not None:
+        model.to(getattr(torch, args.dtype))
+    save_pretrained(model, args.output, origin=origin, num_loops=args.num_loops)
     return 0
