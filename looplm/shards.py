@@ -6,6 +6,7 @@ Knows names, shapes and bytes; no model and no config.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".th", ".pkl", ".pickle", ".ckpt", ".j
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _INDEX = "model.safetensors.index.json"
+_LIKE_A_PART = re.compile(r"model.*\.safetensors", re.IGNORECASE)
 _PIECE_BYTES = 2**24
 
 
@@ -55,7 +57,8 @@ class Shards:
         files = sorted(set(index.values())) if index is not None else ["model.safetensors"]
         for file in files:
             self._read_header(folder / file)
-        stray = [name for name in names if Path(name).suffix.lower() == ".safetensors" and name not in files]
+        # Others' files may lie beside; one that is named like a part of the model would be left out silently.
+        stray = [name for name in names if _LIKE_A_PART.fullmatch(name) and name not in files]
         if stray:
             where = _INDEX if index is not None else f"no {_INDEX}"
             raise InputError(f"{str(folder)!r} holds weights beside its own, which {where} names: {stray[:5]}.")
