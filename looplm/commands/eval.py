@@ -30,5 +30,10 @@ def run(argv: Sequence[str]) -> int:
     in_file = any(argument.startswith(("--config", "-C")) for argument in argv)
     device = [] if not argv or in_file or torch.cuda.is_available() else ["--device", "cpu"]
     sys.argv = ["lm_eval", "run", *device, *argv]  # the harness reads the process's own arguments
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except InputError:
+        raise
+    except ValueError as error:  # the harness's word for an error of the user's, such as an unknown task
+        raise InputError(str(error)) from error
     return 0
