@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from test_cache import ARCHITECTURES, VOCAB, build
@@ -14,6 +16,7 @@ from looplm.exits import (
 )
 from looplm.generation import GenerationOptions, generate, generate_with_loops
 from looplm.loop import LoopState
+from looplm.model import LoopedTransformer
 
 PROMPTS = torch.tensor([[0, 0, 1, 2], [3, 4, 5, 6], [0, 2, 2, 5]])
 MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])
@@ -149,7 +152,8 @@ def test_the_gates_quantile_is_reached_where_its_distribution_says():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_quantile_of_one_runs_every_loop(dtype):
-    model = build("ouro", seed=3).to(dtype)
+    torch.manual_seed(3)
+    model = LoopedTransformer(replace(build("ouro").config, exit_gate=True)).eval().to(dtype)
     model.exit_gate.weight.data.zero_()
     model.exit_gate.bias.data.fill_(20.0)  # its sigmoid is 1 in float32
     always = generate_with_loops(model, PROMPTS, options(exit_rule=GateExit(1.0)), MASK)

@@ -129,7 +129,7 @@ class Told:
     ("changes", "message"),
     [
         ({"tokens": torch.tensor([1, 2])}, r"`tokens` must be integers \(B, T\).* got torch.int64 \(2,\)"),
-        ({"tokens": torch.zeros(1, 0, dtype=torch.long)}, r"at least one token, got torch.int64 \(1, 0\)"),
+        ({"tokens": torch.zeros(1, 0, dtype=torch.long)}, r"one row and one token, got torch.int64 \(1, 0\)"),
         ({"tokens": torch.zeros(0, 3, dtype=torch.long)}, r"at least one row .* \(0, 3\)"),
         ({"tokens": torch.ones(1, 2)}, "must be integers .* got torch.float32"),
         ({"tokens": torch.tensor([[1, VOCAB]])}, r"must be in \[0, 5\) \(`vocab_size`\), got 1 to 5"),
