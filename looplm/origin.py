@@ -101,14 +101,16 @@ def unpack_origin(content: Mapping[str, Any]) -> Origin | None:
         data = content.get("MathDataModule")
         if not isinstance(data, dict) or "tokenizer_files" not in data:
             return None
-        packed = {"config": {}, "files": data["tokenizer_files"]}  # its own tokenizer travels with the model
-    files = packed.get("files") if isinstance(packed, dict) else None
+        # The model is ours, and so are its fields; its own tokenizer travels with it.
+        packed = {"config": {}, "files": data["tokenizer_files"]}
+    packed = packed if isinstance(packed, dict) else {}
+    files = packed.get("files")
     if not isinstance(files, dict) or not all(
         isinstance(data, Tensor) and data.dtype == torch.uint8 for data in files.values()
     ):
         raise InputError("`origin.files` must map names to tensors of bytes.")
     return Origin(
-        config=packed.get("config"),
+        config=packed["config"] if "config" in packed else {},
         files={name: data.numpy().tobytes() for name, data in files.items()},
         dtype=packed.get("dtype"),
         buffers=packed.get("buffers"),

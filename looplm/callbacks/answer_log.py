@@ -66,11 +66,11 @@ class AnswerLog:
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write answers; when this returns they are on the disk."""
-        rows = [dict(row) for row in rows]
-        self._file.write("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
+        written = [dict(row) for row in rows]
+        self._file.write("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in written))
         self._file.flush()
         os.fsync(self._file.fileno())
-        self.rows.extend(rows)
+        self.rows.extend(written)
 
     def merge(self) -> None:
         """Join the files of all processes in the order of their keys; for one process, when all have finished."""

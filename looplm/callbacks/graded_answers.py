@@ -166,7 +166,7 @@ class GradedAnswers(L.Callback):
     def _write(self, trainer: L.Trainer, folder: Path, summary: list[dict[str, Any]]) -> None:
         names = list(dict.fromkeys(name for line in summary for name in line))
         write_table(folder / "test_graded.csv", [{name: line.get(name, "") for name in names} for line in summary])
-        curves = {}
+        curves: dict[str, Any] = {}
         for source in dict.fromkeys(line["source"] for line in summary):
             own = [line for line in summary if line["source"] == source]
             curves[source] = tuple([line[name] for line in own] for name in ("depth", "accuracy", "low", "high"))
