@@ -29,7 +29,7 @@ Fails = Callable[..., str]
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run: its directory holds its config, checkpoints and validation curve."""
-    from conftest import TINY
+    from tiny_run import TINY
 
     folder = tmp_path_factory.mktemp("trained")
     (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import TINY, merge
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_run import TINY, merge
 
 from looplm.cli import main
 
