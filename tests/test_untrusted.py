@@ -240,7 +240,7 @@ def test_the_type_is_named_where_it_changed(folders):
 def test_real_configs_may_leave_out_what_has_a_default(folders):
     expected = from_pretrained(folders / "ouro")
     for value in ("absent", None):
-        fields = json.loads((folders / "ouro" / "config.json").read_text())
+        fields = json.loads((folders / "ouro" / "config.json").read_text(encoding="utf-8-sig"))
         for name in (
             "rms_norm_eps",
             "tie_word_embeddings",
