@@ -17,7 +17,7 @@ stars: $(VENV)/.installed
 	$(BIN)/python -m looplm sweep conf/stars_plus.yaml conf/fixed_depth.yaml
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
