@@ -147,6 +147,7 @@ class _Trainer:
 
     global_step = 5
     global_rank = 0
+    world_size = 1
 
     def __init__(self):
         self.fit_loop = self.epoch_loop = self
