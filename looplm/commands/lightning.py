@@ -170,7 +170,7 @@ class LoopLMCLI(LightningCLI):
         model = self._run_config.model
         source = model.init_from
         try:
-            if source is not None and self._run_config.ckpt_path is not None:
+            if source is not None and Path(self._run_config.ckpt_path or "").is_file():
                 # All that is needed stands in the checkpoint; where its run once started may be gone.
                 model.init_from = self._run_config.ckpt_path
             super().instantiate_classes()
