@@ -6,6 +6,7 @@ Runs called NAME_seed0, NAME_seed1, … are one group: their mean, and the band 
 from __future__ import annotations
 
 import csv
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,11 +20,19 @@ from looplm.commands.curves import (
     read_comparison,
     read_curve,
 )
+from looplm.commands.next_step import explore_line
 from looplm.commands.page import COLUMNS, make_pictures, render_page
 from looplm.commands.rows import is_rows_file, read_rows
 from looplm.errors import InputError
 
-__all__ = ["Curve", "compare", "read_curve", "run", "write_comparison"]
+__all__ = ["Curve", "compare", "make_parser", "read_curve", "run", "write_comparison"]
+
+_EXAMPLES = """\
+examples:
+  python -m looplm compare runs/stars runs/fixed_depth
+  python -m looplm compare runs/*_seed* --output runs/all
+  python -m looplm compare data/study.csv
+"""
 
 _MOST_ROWS = 24
 _MOST_COLUMNS = 8
@@ -166,9 +175,9 @@ def _print_ranking(groups: Sequence[Group]) -> None:
     Console().print(table)
 
 
-def run(argv: Sequence[str]) -> int:
-    """Run the command; for its options see ``--help``."""
-    parser = Parser("compare", description=__doc__)
+def make_parser() -> Parser:
+    """Return the command's parser."""
+    parser = Parser("compare", description=__doc__, epilog=_EXAMPLES)
     parser.add_argument(
         "runs",
         nargs="+",
@@ -177,6 +186,12 @@ def run(argv: Sequence[str]) -> int:
         help="run directory, a curve's CSV file, a rows file of sweep, or a comparison.csv",
     )
     parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder to write to")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command; for its options see ``--help``."""
+    args = make_parser().parse_args(argv)
     compare(args.runs, args.output)
+    sys.stdout.write(explore_line(args.runs))
     return 0

@@ -10,15 +10,25 @@ from looplm.durable import save_whole
 from looplm.errors import InputError
 from looplm.sharded_checkpoints import read_sharded
 
-__all__ = ["run"]
+__all__ = ["make_parser", "run"]
+
+_EXAMPLES = """\
+example:
+  python -m looplm consolidate runs/large/checkpoints/last.ckpt large.ckpt
+"""
+
+
+def make_parser() -> Parser:
+    """Return the command's parser."""
+    parser = Parser("consolidate", description=__doc__, epilog=_EXAMPLES)
+    parser.add_argument("checkpoint", type=Path, metavar="DIR", help="a checkpoint that FSDP wrote in shards")
+    parser.add_argument("output", type=Path, metavar="CKPT", help="a file that does not exist yet")
+    return parser
 
 
 def run(argv: Sequence[str]) -> int:
     """Run the command; for its options see ``--help``."""
-    parser = Parser("consolidate", description=__doc__)
-    parser.add_argument("checkpoint", type=Path, metavar="DIR", help="a checkpoint that FSDP wrote in shards")
-    parser.add_argument("output", type=Path, metavar="CKPT", help="a file that does not exist yet")
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
     if args.output.exists():
         raise InputError(f"the output must be a new file, got {str(args.output)!r}.")
     content = read_sharded(args.checkpoint)

@@ -23,7 +23,13 @@ from looplm.generation import GenerationOptions, generate_with_loops
 from looplm.group_figures import numbered_points
 from looplm.model import LoopedTransformer
 
-__all__ = ["ExitRow", "Problems", "choose", "measure", "run"]
+__all__ = ["ExitRow", "Problems", "choose", "make_parser", "measure", "run"]
+
+_EXAMPLES = """\
+examples:
+  python -m looplm exits runs/stars
+  python -m looplm exits runs/stars --num_loops 32 --most_lost 0.005
+"""
 
 _TOLERANCES = (0.5, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01, 0.005, 0.002)
 _RULES: dict[str, tuple[Callable[[float], ExitRule], tuple[float, ...]]] = {
@@ -139,13 +145,19 @@ def _measure_all(
         yield measure(model, sets["test"], split="test", num_loops=num_loops, cache=cache)
 
 
-def run(argv: Sequence[str]) -> int:
-    """Run the command; for its options see ``--help``."""
-    parser = Parser("exits", description=__doc__)
+def make_parser() -> Parser:
+    """Return the command's parser."""
+    parser = Parser("exits", description=__doc__, epilog=_EXAMPLES)
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory of an arithmetic model")
     parser.add_argument("--num_loops", type=int, default=16, metavar="N", help="greatest depth of a token")
     parser.add_argument("--most_lost", type=float, default=0.001, help="share of answers a threshold may lose on train")
     parser.add_argument("--output", type=Path, default=None, help="folder to write to; default: the run directory")
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command; for its options see ``--help``."""
+    parser = make_parser()
     args = parser.parse_args(argv)
     if args.num_loops < 2:
         parser.error(f"`--num_loops` must be >= 2, got {args.num_loops}")

@@ -10,14 +10,20 @@ import torch
 from looplm.checkpoints import load_checkpoint, read_origin, save_pretrained
 from looplm.commands.arguments import Parser
 
-__all__ = ["run"]
+__all__ = ["make_parser", "run"]
+
+_EXAMPLES = """\
+examples:
+  python -m looplm export runs/stars/checkpoints/last.ckpt stars_hf --num_loops 16
+  python -m looplm export ouro.ckpt ouro_tuned --like ByteDance-Ouro-1.4B --dtype bfloat16
+"""
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
-def run(argv: Sequence[str]) -> int:
-    """Run the command; for its options see ``--help``."""
-    parser = Parser("export", description=__doc__)
+def make_parser() -> Parser:
+    """Return the command's parser."""
+    parser = Parser("export", description=__doc__, epilog=_EXAMPLES)
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="a checkpoint of fit or import")
     parser.add_argument("output", type=Path, metavar="OUT", help="a directory that does not exist yet, or is empty")
     parser.add_argument(
@@ -25,6 +31,12 @@ def run(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--num_loops", type=int, metavar="N", help="the usual number of loops that config.json names")
     parser.add_argument("--dtype", choices=_DTYPES, help="type of the weights; default: that of the checkpoint")
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command; for its options see ``--help``."""
+    parser = make_parser()
     args = parser.parse_args(argv)
     if args.num_loops is not None and args.num_loops < 1:
         parser.error(f"`--num_loops` must be >= 1, got {args.num_loops}")

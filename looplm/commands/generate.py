@@ -13,7 +13,13 @@ from looplm.commands.arguments import Parser
 from looplm.corpora.word_problems import MAX_STEPS, SPLITS, WordProblem, word_problems
 from looplm.errors import InputError
 
-__all__ = ["encode_rows", "run"]
+__all__ = ["encode_rows", "make_parser", "run"]
+
+_EXAMPLES = """\
+examples:
+  python -m looplm generate train.jsonl.gz --num_rows 50000
+  python -m looplm generate test.jsonl --split test --num_rows 500 --max_steps 3
+"""
 
 
 def encode_rows(problems: Iterable[WordProblem], *, is_compressed: bool) -> bytes:
@@ -28,15 +34,21 @@ def encode_rows(problems: Iterable[WordProblem], *, is_compressed: bool) -> byte
     return content.getvalue()
 
 
-def run(argv: Sequence[str]) -> int:
-    """Run the command; for its options see ``--help``."""
-    parser = Parser("generate", description=__doc__)
+def make_parser() -> Parser:
+    """Return the command's parser."""
+    parser = Parser("generate", description=__doc__, epilog=_EXAMPLES)
     parser.add_argument("output", type=Path, metavar="OUT", help="file to write: .jsonl or .jsonl.gz")
     parser.add_argument("--split", choices=SPLITS, default="train", help="disjoint by construction, whatever the seeds")
     parser.add_argument("--num_rows", type=int, default=1000, metavar="N", help="problems, all different")
     parser.add_argument("--seed", type=int, default=0, help="a longer file of a seed begins with a shorter one")
     parser.add_argument("--min_steps", type=int, default=1, metavar="N", help="fewest steps of a solution")
     parser.add_argument("--max_steps", type=int, default=MAX_STEPS, metavar="N", help=f"most steps, up to {MAX_STEPS}")
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command; for its options see ``--help``."""
+    parser = make_parser()
     args = parser.parse_args(argv)
     if args.num_rows < 1:
         parser.error(f"`--num_rows` must be >= 1, got {args.num_rows}")

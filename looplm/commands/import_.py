@@ -8,14 +8,25 @@ from pathlib import Path
 from looplm.checkpoints import from_pretrained, save_checkpoint
 from looplm.commands.arguments import Parser
 
-__all__ = ["run"]
+__all__ = ["make_parser", "run"]
+
+_EXAMPLES = """\
+examples:
+  python -m looplm import ByteDance/Ouro-1.4B ouro.ckpt
+  python -m looplm import exported_model model.ckpt
+"""
+
+
+def make_parser() -> Parser:
+    """Return the command's parser."""
+    parser = Parser("import", description=__doc__, epilog=_EXAMPLES)
+    parser.add_argument("source", metavar="DIR", help="a directory with config.json and safetensors, or a hub id")
+    parser.add_argument("output", type=Path, metavar="OUT", help="the checkpoint file to write")
+    return parser
 
 
 def run(argv: Sequence[str]) -> int:
     """Run the command; for its options see ``--help``."""
-    parser = Parser("import", description=__doc__)
-    parser.add_argument("source", metavar="DIR", help="a directory with config.json and safetensors, or a hub id")
-    parser.add_argument("output", type=Path, metavar="OUT", help="the checkpoint file to write")
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
     save_checkpoint(from_pretrained(args.source), args.output)
     return 0

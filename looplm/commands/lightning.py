@@ -18,7 +18,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
@@ -30,7 +30,9 @@ from looplm.callbacks import graded_answers, latent_dynamics, stability_warning 
 from looplm.callbacks.depth_accuracy import DepthAccuracyCurve
 from looplm.callbacks.non_finite import NonFiniteGuard
 from looplm.callbacks.preemption import SaveOnSignal
+from looplm.callbacks.progress_lines import ProgressLines
 from looplm.commands.messages import condense
+from looplm.commands.next_step import command_line
 from looplm.commands.processes import die_with_parent, lost_process
 from looplm.corpora import bpe, mathematics, pretrained_tokenizer, text_tokenizer  # noqa: F401
 from looplm.corpora.arithmetic import ArithmeticDataModule
@@ -159,10 +161,12 @@ class LoopLMCLI(LightningCLI):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = DurableCheckpointIO()
         trainer.callbacks.insert(0, SaveOnSignal())  # before the checkpoints, which come last
-        if trainer.progress_bar_callback is not None and not sys.stdout.isatty():
-            # A file has no lines to redraw: fewer updates keep a log readable.
-            trainer.callbacks.remove(trainer.progress_bar_callback)
-            trainer.callbacks.append(TQDMProgressBar(refresh_rate=50))
+        given = self._get(self.config_init, "trainer").callbacks
+        bar = trainer.progress_bar_callback
+        is_given = bar is given or (isinstance(given, list) and bar in given)
+        if bar is not None and not is_given and not _can_redraw():
+            # Lightning's own choice is rich's bar; whoever names one in `trainer.callbacks` gets that one.
+            trainer.callbacks[trainer.callbacks.index(bar)] = ProgressLines()
         return trainer
 
     def instantiate_classes(self) -> None:
@@ -200,8 +204,18 @@ class LoopLMCLI(LightningCLI):
         root = self._run_config.trainer.default_root_dir
         rank_zero_info(
             f"run directory: {root} (config.yaml, checkpoints/, val_curve.csv, val_curve.png)\n"
-            f"next: python -m looplm test --config {root}/config.yaml"
+            f"next: {command_line('test', '--config', Path(root) / 'config.yaml')}"
         )
+
+    def after_validate(self) -> None:
+        """Say where the curve is."""
+        root = self._run_config.trainer.default_root_dir
+        rank_zero_info(f"curve: {root}/val_curve.csv, {root}/val_curve.png")
+
+    def after_predict(self) -> None:
+        """Say, beside the answers and not among them, how to look into one."""
+        root = self._run_config.trainer.default_root_dir
+        rank_zero_info(f"next: {command_line('explore', _model_of(root, self._run_config.ckpt_path))}")
 
     def after_test(self) -> None:
         """Say what the curve's peak is and where the curve is."""
@@ -209,7 +223,22 @@ class LoopLMCLI(LightningCLI):
         for split, summary in json.loads((root / "test_summary.json").read_text(encoding="utf-8")).items():
             values = ", ".join(f"{name} {value:.4g}" for name, value in summary.items())
             rank_zero_info(f"exact match on {split}: {values}")
-        rank_zero_info(f"curve: {root}/test_curve.csv, {root}/test_curve.png")
+        rank_zero_info(
+            f"curve: {root}/test_curve.csv, {root}/test_curve.png\n"
+            f"next: {command_line('compare', root, 'RUN')} (the directories of other runs), or\n"
+            f"      {command_line('explore', _model_of(root, self._run_config.ckpt_path))}"
+        )
+
+
+def _model_of(root: str | Path, ckpt_path: str | None) -> str:
+    """Return how `explore` names the model: the run directory where it is that of the run."""
+    own = Path(root) / "checkpoints" / "last.ckpt"
+    return str(root) if ckpt_path is None or Path(ckpt_path) == own else ckpt_path
+
+
+def _can_redraw() -> bool:
+    """Return whether standard output is a terminal that can redraw a line."""
+    return sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
 def _check_writable(folder: Path) -> None:

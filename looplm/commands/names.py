@@ -23,6 +23,7 @@ OWN = {
     "consolidate": "a sharded checkpoint becomes one file",
     "generate": "write a corpus of word problems with worked solutions",
     "doctor": "what works on this machine, and why the rest does not",
+    "completion": "a script that completes commands and options in bash or zsh",
 }
 """Subcommands with a file of their own."""
 

@@ -23,6 +23,7 @@ from typing import IO, Any
 from looplm.commands.arguments import Parser
 from looplm.commands.compare import write_comparison
 from looplm.commands.curves import Curve, read_curve
+from looplm.commands.next_step import explore_line
 from looplm.commands.rows import append_row, read_rows
 from looplm.commands.runs import (
     Run,
@@ -36,7 +37,16 @@ from looplm.commands.runs import (
 )
 from looplm.errors import InputError
 
-__all__ = ["run", "run_stamp"]
+__all__ = ["make_parser", "run", "run_stamp"]
+
+_EXAMPLES = """\
+Further options, such as --trainer.max_steps=100, go to every fit and test.
+
+examples:
+  python -m looplm sweep conf/stars.yaml conf/fixed_depth.yaml
+  python -m looplm sweep conf/study --seeds 0 1 2 --jobs 2 --root runs/study --rows data/study.csv
+  python -m looplm sweep conf/stars.yaml --seeds 0 1 --trainer.max_steps=100
+"""
 
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 10.0
@@ -253,12 +263,12 @@ class _Sweep:
         return True
 
 
-def run(argv: Sequence[str]) -> int:
-    """Run the command; for its options see ``--help``."""
+def make_parser() -> Parser:
+    """Return the command's parser."""
     parser = Parser(
         "sweep",
         description=__doc__,
-        epilog="Further options, such as --trainer.max_steps=100, go to every fit and test.",
+        epilog=_EXAMPLES,
     )
     parser.add_argument(
         "configs", nargs="+", type=Path, metavar="CONFIG", help="config of one run, or folder of base.yaml and overlays"
@@ -270,10 +280,16 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--rows", type=Path, metavar="FILE", help="CSV that gets a row for every finished run; runs in it are skipped"
     )
-    args, options = parser.parse_known_args(argv)
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command; for its options see ``--help``."""
+    args, options = make_parser().parse_known_args(argv)
     if args.jobs < 1:
         raise InputError(f"`--jobs` must be >= 1, got {args.jobs}.")
     runs = expand_runs(args.configs, root=args.root, options=options, seeds=args.seeds, only=args.only)
     curves = {curve.name: curve for curve in _Sweep(runs, args.root, num_jobs=args.jobs, rows=args.rows).work()}
     write_comparison([curves[one.name] for one in runs], args.root / "compare")
+    sys.stdout.write(f"runs:    {args.root}\n{explore_line(one.directory for one in runs)}")
     return 0

@@ -1,0 +1,63 @@
+"""Progress where there is no terminal: whole lines, few of them, with what a bar would show."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from looplm.callbacks.progress_lines import ProgressLines
+
+
+class Line(L.LightningModule):
+    """Fits a line; logs one value for the bar and one that is not for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = (self.layer(batch) - batch).square().mean()
+        self.log("loss_shown", loss, prog_bar=True)
+        self.log("hidden", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def _lines(capsys: pytest.CaptureFixture[str], tmp_path: Path, every_seconds: float, **options: object) -> list[str]:
+    trainer = L.Trainer(
+        accelerator="cpu",
+        callbacks=[ProgressLines(every_seconds)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        **options,
+    )
+    capsys.readouterr()
+    trainer.fit(Line(), DataLoader(torch.ones(12, 1), batch_size=2))
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_line_a_step_where_there_is_no_wait(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    lines = _lines(capsys, tmp_path, 0.0, max_steps=4)
+    assert [re.match(r"step (\d+) of 4, [\d.e+]+ steps/s", line)[1] for line in lines] == ["1", "2", "3", "4"]
+    assert all("loss_shown" in line and "hidden" not in line for line in lines)
+    assert ["left" in line for line in lines] == [True, True, True, False]
+
+
+def test_first_and_last_step_alone_in_a_short_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    lines = _lines(capsys, tmp_path, 3600.0, max_epochs=2)
+    assert [line.split(",")[0] for line in lines] == ["step 1 of 12", "step 12 of 12"]
+
+
+def test_negative_wait_is_refused() -> None:
+    with pytest.raises(ValueError, match="`every_seconds` must be >= 0, got -1"):
+        ProgressLines(-1)

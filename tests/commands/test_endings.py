@@ -1,0 +1,97 @@
+"""What a run shows while it goes on, in a terminal and in a pipe, and what it says at its end."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from looplm.cli import main
+from looplm.commands.explorer.opening import open_model
+
+Config = Callable[..., Path]
+NEXT = re.compile(r"(?:next: +|^ +)(python -m looplm .*)", re.M)
+
+
+def _told(caplog: pytest.LogCaptureFixture) -> list[list[str]]:
+    """Return the commands that were told since the last call, as arguments."""
+    found = [shlex.split(line)[3:] for line in NEXT.findall(caplog.text)]
+    caplog.clear()
+    return found
+
+
+def test_every_run_says_a_next_command_that_works(
+    write_config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "my run"
+    (tmp_path / "problems").write_text("12+34\n")
+    assert main(["fit", "--config", str(write_config(trainer__default_root_dir=str(root)))]) == 0
+    assert f"run directory: {root}" in caplog.text
+    (test,) = _told(caplog)
+    assert test[0] == "test"
+    assert main(test) == 0
+    assert f"curve: {root}/test_curve.csv" in caplog.text
+    compare, explore = _told(caplog)
+    assert compare[:2] == ["compare", str(root)]
+    assert open_model(explore[1]).form.expected("12+34") == "46"
+    predict = ["predict", "--config", str(root / "config.yaml"), f"--data.predict_file={tmp_path / 'problems'}"]
+    assert main(predict) == 0
+    assert _told(caplog) == [explore]
+    # Of other weights than the run's last, it is those that are named.
+    other = next((root / "checkpoints").glob("epoch*.ckpt"))
+    assert main([*predict, f"--ckpt_path={other}"]) == 0
+    assert _told(caplog) == [["explore", str(other)]]
+    capsys.readouterr()
+    assert main(["compare", str(root), f"--output={tmp_path / 'out'}"]) == 0
+    assert shlex.split(NEXT.findall(capsys.readouterr().out)[0])[3:] == explore
+
+
+def test_pipe_gets_whole_lines(write_config: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = write_config(trainer__enable_progress_bar=None, trainer__default_root_dir=str(tmp_path / "run"))
+    capfd.readouterr()
+    assert main(["fit", "--config", str(config)]) == 0
+    out = capfd.readouterr().out
+    assert "\r" not in out
+    assert "\x1b" not in out
+    lines = [line for line in out.splitlines() if line.startswith("step ")]
+    assert lines[-1].startswith("step 4 of 4, ")
+    assert "exact_match" in lines[-1]
+
+
+def test_bar_that_the_config_names_is_kept(
+    write_config: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(trainer__enable_progress_bar=None, trainer__default_root_dir=str(tmp_path / "run"))
+    capfd.readouterr()
+    assert main(["fit", "--config", str(config), "--trainer.callbacks+=TQDMProgressBar"]) == 0
+    out = capfd.readouterr().out
+    assert "it/s" in out
+    assert "step 4 of 4" not in out
+
+
+def test_terminal_gets_a_bar(write_config: Config, tmp_path: Path) -> None:
+    config = write_config(trainer__enable_progress_bar=None, trainer__default_root_dir=str(tmp_path / "run"))
+    master, terminal = pty.openpty()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm-256color", "COLUMNS": "120"}
+    command = [sys.executable, "-m", "looplm", "fit", "--config", str(config)]
+    process = subprocess.Popen(command, stdout=terminal, stderr=subprocess.DEVNULL, env=environment)
+    os.close(terminal)
+    shown = b""
+    try:
+        while part := os.read(master, 2**16):
+            shown += part
+    except OSError:  # how a terminal ends on Linux
+        pass
+    os.close(master)
+    assert process.wait() == 0
+    text = shown.decode()
+    assert "\x1b[" in text
+    assert "Epoch 0" in text
+    assert "step 4 of 4" not in text
