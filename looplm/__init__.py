@@ -41,6 +41,7 @@ _HOME = {
     "MathDataModule": "looplm.corpora.mathematics",
     "NonFiniteGuard": "looplm.callbacks.non_finite",
     "PoissonDepth": "looplm.depth",
+    "ProgressLines": "looplm.callbacks.progress_lines",
     "ResidualExit": "looplm.exits",
     "STARSObjective": "looplm.objective",
     "SaveOnSignal": "looplm.callbacks.preemption",
@@ -55,6 +56,8 @@ _HOME = {
     "generate": "looplm.generation",
     "generate_at_depths": "looplm.generation",
     "generate_with_loops": "looplm.generation",
+    "inspect_depths": "looplm.inspection",
+    "inspect_exits": "looplm.inspection",
     "log_likelihoods_at_depths": "looplm.generation",
     "predictions_at_depths": "looplm.generation",
     "save_pretrained": "looplm.checkpoints",
@@ -71,6 +74,7 @@ if TYPE_CHECKING:
     from looplm.callbacks.latent_dynamics import LatentDynamicsMonitor
     from looplm.callbacks.non_finite import NonFiniteGuard
     from looplm.callbacks.preemption import SaveOnSignal
+    from looplm.callbacks.progress_lines import ProgressLines
     from looplm.callbacks.stability_warning import StabilityWarning
     from looplm.checkpoints import from_pretrained, save_pretrained
     from looplm.config import LoopedConfig
@@ -105,6 +109,7 @@ if TYPE_CHECKING:
         predictions_at_depths,
         stream_tokens,
     )
+    from looplm.inspection import inspect_depths, inspect_exits
     from looplm.loop import CachedLoopedModel, LoopedModel, LoopState, unroll
     from looplm.metrics import DepthExactMatch, DepthSettling, DepthTokenAccuracy
     from looplm.model import LoopedTransformer
