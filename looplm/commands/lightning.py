@@ -189,11 +189,8 @@ class LoopLMCLI(LightningCLI):
     def predict(self, **kwargs: Any) -> None:
         """Print one line a problem: the problem and the model's answer."""
         predictions: Any = self.trainer.predict(**kwargs) or []
-        if not isinstance(self.datamodule, ArithmeticDataModule):
-            raise InputError(f"`predict` needs an ArithmeticDataModule, got {type(self.datamodule).__name__}.")
-        answers = [answer for batch in predictions for answer in self.datamodule.answers(batch)]
-        for (a, op, b), answer in zip(self.datamodule.predict_problems, answers, strict=True):
-            os.write(1, f"{a}{op}{b}={answer}\n".encode())
+        for line in self.datamodule.predicted_lines(predictions):
+            os.write(1, f"{line}\n".encode())
 
     def after_fit(self) -> None:
         """Say where everything is and what to do next."""
