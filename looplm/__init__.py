@@ -39,6 +39,7 @@ _HOME = {
     "LoopedModel": "looplm.loop",
     "LoopedTransformer": "looplm.model",
     "MathDataModule": "looplm.corpora.mathematics",
+    "MuonAdamW": "looplm.optimizers",
     "NonFiniteGuard": "looplm.callbacks.non_finite",
     "PoissonDepth": "looplm.depth",
     "ResidualExit": "looplm.exits",
@@ -110,6 +111,7 @@ if TYPE_CHECKING:
     from looplm.model import LoopedTransformer
     from looplm.module import LoopLM
     from looplm.objective import STARSObjective
+    from looplm.optimizers import MuonAdamW
     from looplm.stability.penalty import JacobianPenalty, LastStepPenalty, StarsReleasePenalty
     from looplm.strategy import ShardedStrategy
 

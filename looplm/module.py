@@ -104,7 +104,7 @@ class LoopLM(L.LightningModule):
     Args:
         config: The architecture, or its fields as a dict. Only this goes into checkpoints as hyper-parameters.
         objective: The loss.
-        optimizer: Makes an optimiser of the parameters.
+        optimizer: Makes an optimiser of ``named_parameters()``: any of torch's takes names as well as not.
         lr_schedule: Learning rate by optimiser step.
         val_depths: Depths of the curve during training.
         test_depths: Depths of the curve in ``test``.
@@ -313,7 +313,7 @@ class LoopLM(L.LightningModule):
         Raises:
             InputError: If the run has no last step.
         """
-        optimizer = self.optimizer(self.parameters())
+        optimizer = self.optimizer(self.named_parameters())
         max_steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(max_steps) or max_steps < 1:
             raise InputError(

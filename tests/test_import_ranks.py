@@ -37,6 +37,7 @@ RANKS = {
     "model": 2,
     "callbacks": 2,
     "decoding": 2,
+    "optimizers": 0,
     "objective": 3,
     "generation": 3,
     "checkpoints": 3,
