@@ -124,7 +124,7 @@ def shard_looped(root: nn.Module, outer_blocks: Iterable[nn.Module], mesh: Devic
     if mesh["tensor_parallel"].size() != 1:
         raise InputError(
             f"`tensor_parallel_size` must be 1, got {mesh['tensor_parallel'].size()}: use `data_parallel_size`, "
-            "or strategy looplm.sharding.ShardedStrategy, which sets both."
+            "or strategy looplm.ShardedStrategy, which sets both."
         )
     data_parallel = mesh["data_parallel"]
     for block in outer_blocks:
