@@ -20,10 +20,11 @@ from looplm.checkpoints import load_model
 from looplm.config import LoopedConfig
 from looplm.depth import LogNormalDepth
 from looplm.errors import InputError
+from looplm.flops import penalty_flops, training_flops
 from looplm.generation import generate, generate_at_depths, predictions_at_depths
 from looplm.loop import Hidden, LoopState, check_depths
 from looplm.model import LoopedTransformer
-from looplm.objective import STARSObjective
+from looplm.objective import ObjectiveOutput, STARSObjective
 from looplm.origin import pack_origin
 from looplm.parallel import choose_product, count_labels, shard_looped
 from looplm.randomness import StepKey
@@ -99,7 +100,9 @@ class LoopLM(L.LightningModule):
     Itself a :class:`~looplm.loop.LoopedModel`. Batches are dicts as made by
     :class:`~looplm.corpora.arithmetic.ArithmeticDataModule` and
     :class:`~looplm.corpora.mathematics.MathDataModule`. ``validation_step`` and ``test_step`` return what
-    :class:`~looplm.callbacks.depth_accuracy.DepthAccuracyCurve` reads.
+    :class:`~looplm.callbacks.depth_accuracy.DepthAccuracyCurve` reads. ``loops_per_batch`` and ``flops_per_batch`` are
+    those of the last training step, penalty included, which
+    :class:`~looplm.callbacks.throughput.ThroughputMeter` reads.
 
     Args:
         config: The architecture, or its fields as a dict. Only this goes into checkpoints as hyper-parameters.
@@ -165,6 +168,8 @@ class LoopLM(L.LightningModule):
         self.num_samples = num_samples
         self.temperature = temperature
         self.seed = seed
+        self.loops_per_batch = 0
+        self.flops_per_batch = 0
 
     @property
     def config(self) -> LoopedConfig:
@@ -225,6 +230,7 @@ class LoopLM(L.LightningModule):
         # Dropout reads the global state; seeding it from the key makes resumed runs exact.
         torch.manual_seed(key.fold("dropout"))
         out = self.objective(self.model, batch, key, count_labels(batch["labels"], self.trainer))
+        self.loops_per_batch, self.flops_per_batch = out.depth, self._count_flops(batch["input_ids"], out)
         right = (out.logits.argmax(-1) == batch["labels"]) | (batch["labels"] == -100)
         exact_match = _share_all_right(right, batch.get("attention_mask"))
         shown: dict[str, Any] = {"loss": out.loss.detach(), "exact_match": exact_match}
@@ -236,6 +242,12 @@ class LoopLM(L.LightningModule):
         self.log_dict(shown, prog_bar=True, logger=False)  # short names fit into a line of a terminal
         self.log_dict({f"train/{name}": value for name, value in {**shown, **quiet}.items()})
         return out.loss
+
+    def _count_flops(self, inputs: Tensor, out: ObjectiveOutput) -> int:
+        flops = training_flops(self.config, *inputs.shape, out.depth, self.objective.backprop_loops)
+        if self.objective.penalty is None or out.penalty is None:
+            return flops
+        return flops + penalty_flops(self.config, *inputs.shape, self.objective.penalty)
 
     def _evaluate(self, batch: dict[str, Any], depths: list[int]) -> dict[str, Any]:
         preds = predictions_at_depths(self.model, batch["input_ids"], depths, batch.get("attention_mask"))

@@ -23,6 +23,7 @@ RANKS = {
     "cache": 0,
     "shards": 0,
     "families": 1,
+    "flops": 1,
     "origin": 1,
     "exits": 0,
     "sampling": 0,
