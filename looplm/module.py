@@ -17,6 +17,7 @@ from torch import Tensor
 
 from looplm.cache import LoopKVCache
 from looplm.checkpoints import load_model
+from looplm.compilation import check_backend, check_compiler
 from looplm.config import LoopedConfig
 from looplm.depth import LogNormalDepth
 from looplm.errors import InputError
@@ -120,6 +121,10 @@ class LoopLM(L.LightningModule):
             own). The architecture is theirs, see :meth:`~looplm.config.LoopedConfig.for_weights`, but for ``dropout``;
             trained in float32 unless ``trainer.precision`` says otherwise. None: random weights.
 
+        compile_backend: Train with compiled core blocks, see
+            :meth:`~looplm.model.LoopedTransformer.compile_core`: ``inductor``, or another backend of ``torch.compile``.
+            The first steps take minutes. None: as PyTorch runs them.
+
     Raises:
         InputError: If ``init_from`` cannot be read or has another architecture.
         ValueError: If a list of depths is not increasing, or a number is out of its range.
@@ -139,8 +144,11 @@ class LoopLM(L.LightningModule):
         temperature: float = 0.0,
         seed: int = 0,
         init_from: str | None = None,
+        compile_backend: str | None = None,
     ) -> None:
         super().__init__()
+        if compile_backend is not None:
+            check_backend(compile_backend)
         if predict_depth < 0 or max_new_tokens < 1:
             raise ValueError(
                 f"`predict_depth` must be >= 0 and `max_new_tokens` >= 1, got {predict_depth} and {max_new_tokens}."
@@ -168,6 +176,7 @@ class LoopLM(L.LightningModule):
         self.num_samples = num_samples
         self.temperature = temperature
         self.seed = seed
+        self.compile_backend = compile_backend
         self.loops_per_batch = 0
         self.flops_per_batch = 0
 
@@ -208,11 +217,14 @@ class LoopLM(L.LightningModule):
             shard_looped(self, [*self.model.prelude, *self.model.coda], self._device_mesh)
 
     def on_fit_start(self) -> None:
-        """Choose the penalty's product for this strategy and precision, and say which.
+        """Choose the penalty's product for this strategy and precision, and say which; compile what is compiled.
 
         Raises:
-            InputError: If the config names a product that does not work there.
+            InputError: If the config names a product that does not work there, or there is no compiler.
         """
+        if self.compile_backend is not None:
+            check_compiler(self.compile_backend, self.device)
+            self.model.compile_core(self.compile_backend)
         if self.objective.penalty is not None:
             self.objective = replace(self.objective, penalty=choose_product(self.objective.penalty, self.trainer))
 

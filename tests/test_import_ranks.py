@@ -21,6 +21,7 @@ RANKS = {
     "loop": 0,
     "config": 0,
     "cache": 0,
+    "compilation": 0,
     "shards": 0,
     "families": 1,
     "flops": 1,
