@@ -150,11 +150,11 @@ def test_a_compiled_run_is_the_eager_run_and_its_checkpoints_are_exchanged(
     assert list(whole.values()) == pytest.approx(list(eager.values()), rel=1e-4)
     fit("half", 2, compile_it)
     checkpoint = str(tmp_path / "half" / "csv" / "checkpoints" / "last.ckpt")
-    for name, options in (("on", [compile_it]), ("off", [])):
-        rest = fit(name, 4, f"--ckpt_path={checkpoint}", *options)
-        assert rest == pytest.approx({step: whole[step] for step in (2, 3)}, rel=1e-4)
-    config = str(tmp_path / "whole" / "config.yaml")
-    assert main(["test", "--config", config, f"--ckpt_path={checkpoint}"]) == 0
+    resume = f"--ckpt_path={checkpoint}"
+    resumed = {"on": fit("on", 4, resume, compile_it), "off": fit("off", 4, resume)}
+    assert list(resumed["on"]) == [2, 3]
+    assert resumed["on"] == pytest.approx(resumed["off"], rel=1e-4)
+    assert main(["test", "--config", str(tmp_path / "whole.yaml"), resume, compile_it]) == 0
 
 
 def test_an_unknown_backend_is_refused() -> None:
