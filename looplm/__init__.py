@@ -49,6 +49,7 @@ _HOME = {
     "ShardedStrategy": "looplm.strategy",
     "StabilityWarning": "looplm.callbacks.stability_warning",
     "StarsReleasePenalty": "looplm.stability.penalty",
+    "ThroughputMeter": "looplm.callbacks.throughput",
     "TokenStep": "looplm.generation",
     "UniformDepth": "looplm.depth",
     "exit_distribution": "looplm.exits",
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from looplm.callbacks.non_finite import NonFiniteGuard
     from looplm.callbacks.preemption import SaveOnSignal
     from looplm.callbacks.stability_warning import StabilityWarning
+    from looplm.callbacks.throughput import ThroughputMeter
     from looplm.checkpoints import from_pretrained, save_pretrained
     from looplm.config import LoopedConfig
     from looplm.corpora.arithmetic import ArithmeticDataModule

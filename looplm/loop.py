@@ -5,7 +5,6 @@ Knows nothing of transformers, text or training: any module with these three met
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -163,7 +162,11 @@ def unroll(
     frozen_loops = 0 if backprop_loops is None else max(num_loops - backprop_loops, 0)
     yield state
     for index in range(num_loops):
-        with torch.no_grad() if index < frozen_loops else contextlib.nullcontext():
+        if index < frozen_loops:
+            with torch.no_grad():
+                # Detached, since compiled code would tell a state with a history from one without.
+                state = model.step(state.detach())
+        else:
             state = model.step(state)
         yield state
 

@@ -27,7 +27,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 # The classes are imported so that configs can name them without their path.
 import looplm
 import looplm.optimizers
-from looplm.callbacks import graded_answers, latent_dynamics, stability_warning  # noqa: F401
+from looplm.callbacks import graded_answers, latent_dynamics, stability_warning, throughput  # noqa: F401
 from looplm.callbacks.depth_accuracy import DepthAccuracyCurve
 from looplm.callbacks.non_finite import NonFiniteGuard
 from looplm.callbacks.preemption import SaveOnSignal
