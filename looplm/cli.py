@@ -26,6 +26,7 @@ _OWN = {
     "generate": "write a corpus of word problems with worked solutions",
     "consolidate": "a sharded checkpoint becomes one file",
     "exits": "accuracy by loops of every exit and by memory of every cache",
+    "explore": "a local page: a problem's answer at every depth, exits, latent path",
     "eval": "run tasks of lm-evaluation-harness at any depth",
     "compare": "curves of several runs in one table and one picture",
     "sweep": "fit, test and compare several configs; finished runs are kept",

@@ -17,11 +17,11 @@ import torch
 from lightning_utilities.core.imports import RequirementCache
 from torch import Tensor
 
+from looplm.carried_tokenizer import begin_and_ends, carried_tokenizer
 from looplm.checkpoints import load_model
 from looplm.errors import InputError
 from looplm.generation import GenerationOptions, log_likelihoods_at_depths, stream_tokens
 from looplm.origin import Origin
-from looplm.untrusted import parse_object
 
 _AVAILABLE = RequirementCache("lm-eval>=0.4.9"), RequirementCache("tokenizers>=0.21")
 if not all(_AVAILABLE):
@@ -37,7 +37,6 @@ from lm_eval.utils import (  # noqa: E402
     make_disjoint_window,
     simple_parse_args_string,
 )
-from tokenizers import Tokenizer  # noqa: E402
 
 __all__ = ["LoopedHarnessModel"]
 
@@ -98,9 +97,9 @@ class LoopedHarnessModel(TemplateLM):
         self.max_length = most if max_length is None else _integer("max_length", max_length, 2, most)
         origin = Origin(config={}) if self.model.origin is None else self.model.origin
         self.num_loops = _usual_loops(origin.config) if num_loops is None else num_loops
-        self.tokenizer = _tokenizer(str(source), origin, self.model.config.vocab_size)
+        self.tokenizer = carried_tokenizer(str(source), origin, self.model.config.vocab_size)
         self._marks = [token.content for token in self.tokenizer.get_added_tokens_decoder().values() if token.special]
-        self._begin, self._ends = _begin_and_ends(origin, self.tokenizer, self.model.config.vocab_size)
+        self._begin, self._ends = begin_and_ends(origin, self.tokenizer, self.model.config.vocab_size)
         self.cache = cache
         self._options({})
 
@@ -297,44 +296,3 @@ def _usual_loops(fields: Mapping[str, Any]) -> int:
         if fields.get(name) is not None:
             return _integer(name, fields[name], 0)
     raise InputError("`num_loops` must be given: config.json names no usual number of loops.")
-
-
-def _tokenizer(source: str, origin: Origin, vocab_size: int) -> Tokenizer:
-    if "tokenizer.json" not in origin.files:
-        raise InputError(f"{source!r} has no tokenizer.json.")
-    try:
-        tokenizer = Tokenizer.from_buffer(origin.files["tokenizer.json"])
-    except Exception as error:  # the library raises nothing more special
-        raise InputError(f"{source!r}: tokenizer.json is no tokenizer: {error}") from None
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-    if largest >= vocab_size:
-        raise InputError(f"{source!r}: tokenizer.json has ids up to {largest}, the model takes {vocab_size} tokens.")
-    return tokenizer
-
-
-def _begin_and_ends(origin: Origin, tokenizer: Tokenizer, vocab_size: int) -> tuple[int | None, list[int]]:
-    """Return the id of the begin mark and those that end a text, each once.
-
-    The tokenizer's own come first, then those of generation_config.json; config.json counts where both are silent:
-    published ones are wrong.
-    """
-    named, generation = (
-        parse_object(f"{name}_config.json", origin.files.get(f"{name}_config.json", b"{}"))
-        for name in ("tokenizer", "generation")
-    )
-    found: dict[str, list[int]] = {}
-    for mark in ("bos", "eos"):
-        token = named.get(f"{mark}_token")
-        text = token.get("content") if isinstance(token, dict) else token
-        known = tokenizer.token_to_id(text) if isinstance(text, str) else None
-        ids = [] if known is None else [known]
-        ids += _ids(f"{mark}_token_id` of `generation_config.json", generation.get(f"{mark}_token_id"), vocab_size)
-        if not ids:
-            ids = _ids(f"{mark}_token_id` of `config.json", origin.config.get(f"{mark}_token_id"), vocab_size)
-        found[mark] = list(dict.fromkeys(ids))
-    return next(iter(found["bos"]), None), found["eos"]
-
-
-def _ids(what: str, value: Any, vocab_size: int) -> list[int]:
-    ids = [] if value is None else value if isinstance(value, list) else [value]
-    return [_integer(what, token, 0, vocab_size - 1) for token in ids]

@@ -66,7 +66,8 @@ def test_a_run_is_measured_and_drawn(write_config, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [(["none"], "has no config.yaml"), (["none", "--num_loops", "1"], "must be >= 2, got 1")]
+    ("arguments", "message"),
+    [(["none"], "is no config.yaml of a run"), (["none", "--num_loops", "1"], "must be >= 2, got 1")],
 )
 def test_what_cannot_be_measured_is_refused(arguments, message, tmp_path, capsys):
     assert main(["exits", str(tmp_path / arguments[0]), *arguments[1:]]) == 2

@@ -11,10 +11,22 @@ __all__ = ["Parser"]
 
 
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser that raises InputError and takes no abbreviated options."""
+    """ArgumentParser that raises InputError, takes no abbreviated options and prints its texts as they are written.
+
+    Args:
+        command: Name of the subcommand.
+        description: What it does.
+        epilog: Examples, below the options.
+    """
 
     def __init__(self, command: str, *, description: str | None, epilog: str | None = None) -> None:
-        super().__init__(prog=f"python -m looplm {command}", description=description, epilog=epilog, allow_abbrev=False)
+        super().__init__(
+            prog=f"python -m looplm {command}",
+            description=description,
+            epilog=epilog,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
 
     def error(self, message: str) -> NoReturn:
         """Raise in place of printing the usage and leaving.

@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from looplm.callbacks.output import write_figure
 from looplm.checkpoints import load_checkpoint
 from looplm.commands.arguments import Parser
-from looplm.corpora.arithmetic import ArithmeticDataModule
-from looplm.errors import InputError
+from looplm.commands.run_data import read_run_data
 from looplm.exits import ConfidenceExit, EntropyExit, ExitRule, GateExit, KLExit, ResidualExit
 from looplm.generation import GenerationOptions, generate_with_loops
 from looplm.group_figures import numbered_points
@@ -141,19 +139,6 @@ def _measure_all(
         yield measure(model, sets["test"], split="test", num_loops=num_loops, cache=cache)
 
 
-def _read_run(root: Path) -> ArithmeticDataModule:
-    try:
-        data = yaml.safe_load((root / "config.yaml").read_text(encoding="utf-8"))["data"]
-        known = str(data["class_path"]).rsplit(".", 1)[-1] == "ArithmeticDataModule"
-        # The stages of training say nothing of what is measured here.
-        arguments = {name: value for name, value in data["init_args"].items() if name != "digit_stages"}
-    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{str(root)!r} has no config.yaml of a run ({type(error).__name__}).") from None
-    if not known:
-        raise InputError(f"`exits` measures runs on ArithmeticDataModule, got {data['class_path']}.")
-    return ArithmeticDataModule(**arguments)
-
-
 def run(argv: Sequence[str]) -> int:
     """Run the command; for its options see ``--help``."""
     parser = Parser("exits", description=__doc__)
@@ -164,7 +149,7 @@ def run(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if args.num_loops < 2:
         parser.error(f"`--num_loops` must be >= 2, got {args.num_loops}")
-    data = _read_run(args.run)
+    data = read_run_data(args.run / "config.yaml").arithmetic()
     model = load_checkpoint(args.run / "checkpoints" / "last.ckpt")
     batches = [
         data.training_batch(index, optimizer_step=2**40) for index in range(-(-data.num_test // data.batch_size))

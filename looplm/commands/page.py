@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
+from importlib.resources import files
 from typing import Any
 
 import looplm
@@ -218,7 +219,12 @@ def render_page(groups: Sequence[Group], pictures: Sequence[Picture]) -> str:
     summary = f"{num_runs} run{'s' * (num_runs != 1)} in {len(groups)} group{'s' * (len(groups) != 1)}"
     sections = "".join(map(_section, pictures))
     return _PAGE.format(
-        summary=summary, version=escape(looplm.__version__), table=_table(groups), sections=sections, script=_SCRIPT
+        summary=summary,
+        version=escape(looplm.__version__),
+        style=files("looplm.commands").joinpath("page.css").read_text(encoding="utf-8"),
+        table=_table(groups),
+        sections=sections,
+        script=_SCRIPT,
     )
 
 
@@ -232,19 +238,12 @@ _PAGE = """<!doctype html>
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <title>looplm: {summary}</title>
 <style>
-body {{ font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 76rem; margin: 2rem auto;
- padding: 0 1rem; }}
-h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.15rem; margin-top: 2rem; }}
-.wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-td, th {{ padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: baseline; }}
-tbody th {{ font-weight: 500; white-space: nowrap; }}
-.number {{ text-align: right; white-space: nowrap; }} .spread {{ color: #595959; font-size: .8em; display: block; }}
-thead th {{ border-bottom: 2px solid #888; vertical-align: bottom; }}
+{style}
+.spread {{ color: var(--quiet); font-size: .8em; display: block; }}
 thead button {{ font: inherit; font-weight: 600; border: 0; background: none; padding: 0; cursor: pointer;
- text-align: left; color: #0b4f80; }}
+ text-align: left; color: var(--link); }}
 th[aria-sort=descending] button::after {{ content: " ▼"; }} th[aria-sort=ascending] button::after {{ content: " ▲"; }}
-figure {{ margin: 0; }} img {{ max-width: 100%; height: auto; }} figcaption, footer {{ color: #595959; }}
+img {{ max-width: 100%; height: auto; }}
 </style>
 </head>
 <body>

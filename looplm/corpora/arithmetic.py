@@ -27,6 +27,7 @@ from looplm.corpora.problems import (
     Split,
     TextForm,
     draw_problems,
+    exact_result,
     in_split,
     parse_problem,
 )
@@ -298,7 +299,7 @@ class ArithmeticDataModule(L.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Return the prompts of ``predict_file``, padded on the left."""
-        prompts = [self.encoder.form.write(a, op, b, 0)[0] for a, op, b in self.predict_problems]
+        prompts = [self.prompt(*problem) for problem in self.predict_problems]
         tokens = self.tokenizer.encode_batch(prompts, left=True)
         columns = {"input_ids": tokens, "attention_mask": tokens != self.tokenizer.pad_id}
         return self._loader("", {**columns, "index": torch.arange(len(prompts))})
@@ -308,21 +309,50 @@ class ArithmeticDataModule(L.LightningDataModule):
         """Id of the end mark."""
         return self.tokenizer.id_of(self.encoder.form.end[-1])
 
+    def read_problem(self, text: str, max_positions: int) -> tuple[int, str, int]:
+        """Read a problem such as ``12+34`` that a model can be asked.
+
+        Args:
+            text: See :func:`~looplm.corpora.problems.parse_problem`.
+            max_positions: Tokens that the model takes.
+
+        Returns:
+            First operand, operation, second operand.
+
+        Raises:
+            ValueError: If it is none, its operation is not among ``operations``, or it does not fit.
+
+        Example:
+            >>> ArithmeticDataModule().read_problem(" 12 + 34 =", max_positions=32)
+            (12, '+', 34)
+        """
+        a, op, b = parse_problem(text)
+        if op not in self.operations:
+            raise ValueError(f"the operation must be one of {list(self.operations)}, got {op!r}.")
+        length = sum(map(len, self.encoder.form.write(a, op, b, exact_result(a, op, b))))
+        if length > max_positions:
+            raise ValueError(f"{length} tokens are more than the {max_positions} the model takes.")
+        return a, op, b
+
+    def prompt(self, a: int, op: str, b: int) -> str:
+        """Return the text before the answer of a problem.
+
+        Example:
+            >>> ArithmeticDataModule().prompt(12, "+", 34)
+            '12+34= '
+        """
+        return self.encoder.form.write(a, op, b, 0)[0]
+
     def _read_predict_file(self) -> list[tuple[int, str, int]]:
         source, problems = input_name(self.predict_file), []
         for number, line in enumerate(input_lines(self.predict_file), start=1):
             if not line.strip():
                 continue
             try:
-                a, op, b = parse_problem(line)
-                if op not in self.operations:
-                    raise ValueError(f"the operation must be one of {list(self.operations)}, got {op!r}.")
-                length = sum(map(len, self.encoder.form.write(a, op, b, {"+": a + b, "-": a - b, "*": a * b}[op])))
-                if length > self.max_positions:
-                    raise ValueError(f"{length} tokens are more than the {self.max_positions} the model takes.")
+                problem = self.read_problem(line, self.max_positions)
             except ValueError as error:
                 raise InputError(f"{source}, line {number}: {error}") from None
-            problems.append((a, op, b))
+            problems.append(problem)
         if not problems:
             raise InputError(f"{source} holds no problems.")
         return problems
@@ -351,7 +381,7 @@ def _read_test_file(path: str, operations: tuple[str, ...]) -> Problems:
                 raise ValueError(f"`a`, `b`, `answer` must be integers and `op` one of {list(operations)}")
             if min(a, b) < 0 or max(a, b) >= 10**MAX_DIGITS:
                 raise ValueError(f"operands must have 1 to {MAX_DIGITS} digits")
-            if answer != {"+": a + b, "-": a - b, "*": a * b}[op]:
+            if answer != exact_result(a, op, b):
                 raise ValueError(f"{a}{op}{b} is not {answer}")
         except (ValueError, KeyError, TypeError) as error:
             what = f"no key {error}" if isinstance(error, KeyError) else str(error)

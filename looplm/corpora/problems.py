@@ -14,7 +14,7 @@ import numpy as np
 
 from looplm.randomness import fold, hash_uint64
 
-__all__ = ["OPERATIONS", "Problems", "Split", "TextForm", "draw_problems", "parse_problem", "split_of"]
+__all__ = ["OPERATIONS", "Problems", "Split", "TextForm", "draw_problems", "exact_result", "parse_problem", "split_of"]
 
 OPERATIONS = ("+", "-", "*")
 MAX_DIGITS = 9
@@ -127,6 +127,16 @@ def parse_problem(text: str) -> tuple[int, str, int]:
         raise ValueError(f"expected a problem such as 12+34, got {text.strip()!r}.")
     a, operation, b = match.groups()
     return int(a), _ASCII_OPERATIONS.get(operation, operation), int(b)
+
+
+def exact_result(a: int, operation: str, b: int) -> int:
+    """Return the result of a problem.
+
+    Example:
+        >>> exact_result(12, "-", 34)
+        -22
+    """
+    return {"+": a + b, "-": a - b, "*": a * b}[operation]
 
 
 class TextForm:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import subprocess
 from html import unescape
 from pathlib import Path
 from typing import Any
 
-import pytest
+from chromium import FLAGS
 
 from looplm.cli import main
 
@@ -34,25 +32,17 @@ window.addEventListener("load", () => {
 """
 
 
-@pytest.fixture(scope="module")
-def chromium() -> str:
-    """The browser; without one these tests are skipped, or fail where the environment asks for it."""
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        message = "no chromium on this machine: the page was not opened in a browser"
-        if os.environ.get("LOOPLM_REQUIRE_CHROMIUM") == "1":
-            pytest.fail(f"{message}, and LOOPLM_REQUIRE_CHROMIUM=1")
-        pytest.skip(message)
-    return found
-
-
 def _open(chromium: str, page: Path, profile: Path) -> tuple[dict[str, Any], list[str]]:
     """Open a copy of a page with the probe in it; return what the probe saw and the console's lines."""
     probed = page.with_name("probed.html")
     probed.write_text(page.read_text(encoding="utf-8").replace("</body>", f"{_PROBE}</body>"), encoding="utf-8")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-    flags += ["--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"]
-    flags += [f"--user-data-dir={profile}", "--virtual-time-budget=5000", "--enable-logging=stderr", "--dump-dom"]
+    flags = [
+        *FLAGS,
+        f"--user-data-dir={profile}",
+        "--virtual-time-budget=5000",
+        "--enable-logging=stderr",
+        "--dump-dom",
+    ]
     done = subprocess.run([chromium, *flags, probed.as_uri()], capture_output=True, text=True, timeout=120)
     match = re.search(r'data-probe="([^"]*)"', done.stdout)
     assert match is not None, f"the page did not load: {done.stdout[-500:]} {done.stderr[-2000:]}"
