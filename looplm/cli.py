@@ -10,27 +10,11 @@ import sys
 from collections.abc import Sequence
 
 import looplm
+from looplm.commands.messages import nearest
+from looplm.commands.names import LIGHTNING, OWN, module_of
 from looplm.errors import InputError
 
 __all__ = ["main"]
-
-_LIGHTNING = {
-    "fit": "train a model",
-    "validate": "accuracy by depth on the validation set",
-    "test": "accuracy by depth on the test set",
-    "predict": "answer problems from a file or standard input",
-}
-_OWN = {
-    "import": "a Hugging Face directory (Ouro, Huginn, our own) becomes a checkpoint",
-    "export": "a checkpoint becomes a Hugging Face directory",
-    "generate": "write a corpus of word problems with worked solutions",
-    "consolidate": "a sharded checkpoint becomes one file",
-    "exits": "accuracy by loops of every exit and by memory of every cache",
-    "explore": "a local page: a problem's answer at every depth, exits, latent path",
-    "eval": "run tasks of lm-evaluation-harness at any depth",
-    "compare": "curves of several runs in one table and one picture",
-    "sweep": "fit, test and compare several configs; finished runs are kept",
-}
 
 _EXAMPLES = """\
 examples:
@@ -38,12 +22,14 @@ examples:
   python -m looplm test --config conf/stars.yaml
   echo 123+456 | python -m looplm predict --config conf/stars.yaml --model.predict_depth=16
   python -m looplm compare runs/stars runs/fixed_depth
+  python -m looplm explore runs/stars
+  python -m looplm doctor
 """
 
 
 def _help() -> str:
-    width = max(map(len, [*_LIGHTNING, *_OWN]))
-    commands = "\n".join(f"  {name:<{width}}  {text}" for name, text in {**_LIGHTNING, **_OWN}.items())
+    width = max(map(len, [*LIGHTNING, *OWN]))
+    commands = "\n".join(f"  {name:<{width}}  {text}" for name, text in {**LIGHTNING, **OWN}.items())
     return (
         f"usage: python -m looplm COMMAND [options]\n\n"
         f"looplm {looplm.__version__}: looped language models that hold their accuracy at any depth\n\n"
@@ -69,14 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.write(f"looplm {looplm.__version__}\n")
             return 0
         command, rest = args[0], args[1:]
-        if command in _OWN:
-            file = "import_" if command == "import" else command  # `import` is no name for a module
-            module = importlib.import_module(f"looplm.commands.{file}")
-            return int(module.run(rest))
-        if command in _LIGHTNING:
+        if command in OWN:
+            return int(importlib.import_module(module_of(command)).run(rest))
+        if command in LIGHTNING:
             importlib.import_module("looplm.commands.lightning").run(args)
             return 0
-        raise InputError(f"unknown command {command!r}; commands are {', '.join([*_LIGHTNING, *_OWN])}.")
+        known = [*LIGHTNING, *OWN]
+        raise InputError(f"unknown command {command!r}{nearest(command, known)}; commands are {', '.join(known)}.")
     except InputError as error:
         sys.stderr.write(f"looplm: error: {' '.join(str(error).split())}\n")
         return 2

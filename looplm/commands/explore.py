@@ -14,12 +14,15 @@ import threading
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.imports import RequirementCache
 
 from looplm.commands.arguments import Parser
 from looplm.errors import InputError
+
+if TYPE_CHECKING:
+    from looplm.commands.explorer.session import Session
 
 __all__ = ["make_parser", "run"]
 
@@ -42,6 +45,7 @@ def make_parser() -> Parser:
     parser.add_argument("--no_browser", "--no-browser", action="store_true", help="do not open the page")
     parser.add_argument("--max_depth", type=int, default=64, metavar="N", help="greatest depth that can be asked for")
     parser.add_argument("--max_new_tokens", type=int, default=32, metavar="N", help="longest answer")
+    parser.add_argument("--max_seconds", type=float, default=120.0, metavar="S", help="longest computation")
     parser.add_argument(
         "--config", type=Path, metavar="YAML", help="config.yaml of the run, where it does not stand beside CKPT"
     )
@@ -72,7 +76,7 @@ def run(argv: Sequence[str]) -> int:
     from looplm.commands.explorer.session import Limits, Session
 
     try:
-        limits = Limits(max_depth=args.max_depth, max_new_tokens=args.max_new_tokens)
+        limits = Limits(max_depth=args.max_depth, max_new_tokens=args.max_new_tokens, max_seconds=args.max_seconds)
     except ValueError as error:
         raise InputError(str(error)) from None
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -106,7 +110,7 @@ def _has_screen() -> bool:
     return sys.platform in ("darwin", "win32") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
-def _serve(session: Any, listener: socket.socket, *, opens_browser: bool) -> None:
+def _serve(session: Session, listener: socket.socket, *, opens_browser: bool) -> None:
     """Serve until Ctrl-C or SIGTERM."""
     import uvicorn
 
@@ -123,7 +127,13 @@ def _serve(session: Any, listener: socket.socket, *, opens_browser: bool) -> Non
     if opens_browser:
         # The listener already queues connections.
         threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            session.stop()  # else the end would wait for it
+            super().handle_exit(sig, frame)
+
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        Server(config).run(sockets=[listener])
     except KeyboardInterrupt:  # uvicorn raises the signal again when it has ended in order
         sys.stdout.write("\n")

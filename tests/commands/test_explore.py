@@ -181,6 +181,12 @@ def test_text_that_the_model_cannot_take_is_refused(tmp_path: Path) -> None:
     assert session.answer({"problem": "\ud800", "max_depth": 1})["prompt"] == ["?"]
 
 
+def test_computation_that_takes_too_long_is_stopped(sums: Path) -> None:
+    session = Session(open_model(str(sums)), Limits(max_seconds=1e-9))
+    with pytest.raises(InputError, match="stopped after 1e-09 seconds"):
+        session.answer({"problem": "12+34"})
+
+
 def test_shown_depths_are_few_and_reach_the_greatest() -> None:
     for greatest in (1, 2, 31, 32, 33, 40, 64, 100, 1024, 10**6):
         depths = shown_depths(greatest)
@@ -221,6 +227,7 @@ def test_what_cannot_be_opened_is_refused(sums: Path, tmp_path: Path, capsys: py
     (other / "config.yaml").write_text("data: [")
     assert "is no config.yaml of a run" in _refused(capsys, other)
     assert "`--device` must be one that this machine has" in _refused(capsys, sums, "--device", "abacus")
+    assert "`max_seconds` must be > 0, got 0.0" in _refused(capsys, sums, "--max_seconds", "0")
     assert "`max_depth` must be >= 1, got 0" in _refused(capsys, sums, "--max_depth", "0")
 
 

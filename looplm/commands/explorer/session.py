@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,11 +41,15 @@ class Limits:
     """Greatest depth that can be asked for."""
     max_new_tokens: int = 32
     """Longest answer."""
+    max_seconds: float = 120.0
+    """Longest computation."""
 
     def __post_init__(self) -> None:
         for name in ("max_depth", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be >= 1, got {getattr(self, name)}.")
+        if not self.max_seconds > 0:
+            raise ValueError(f"`max_seconds` must be > 0, got {self.max_seconds}.")
 
 
 def shown_depths(greatest: int) -> list[int]:
@@ -62,7 +67,7 @@ def shown_depths(greatest: int) -> list[int]:
 
 
 class Session:
-    """Answers requests about one model.
+    """Answers requests about one model, one at a time.
 
     Args:
         opened: The model and its form of problems.
@@ -72,6 +77,22 @@ class Session:
     def __init__(self, opened: OpenedModel, limits: Limits) -> None:
         self._opened, self._limits = opened, limits
         self._exits = [*_EXITS, *([] if opened.model.exit_gate is None else [_GATE])]
+        self._deadline, self._is_stopped = math.inf, False
+        # Every loop comes by here, whatever runs it.
+        opened.model.core[0].register_forward_pre_hook(self._check_time)
+
+    def stop(self) -> None:
+        """End what is being computed, and whatever is asked from now on, at its next loop."""
+        self._is_stopped = True
+
+    def _check_time(self, *arguments: object) -> None:
+        if self._is_stopped:
+            raise InputError("the server ends.")
+        if time.monotonic() > self._deadline:
+            raise InputError(
+                f"the computation was stopped after {self._limits.max_seconds:g} seconds (`--max_seconds`); "
+                "a smaller depth takes less."
+            )
 
     def describe(self) -> dict[str, Any]:
         """Return what the page says of the model before anything is asked."""
@@ -94,9 +115,10 @@ class Session:
             request: An object with ``problem``, a text, and optionally ``max_depth``, an integer.
 
         Raises:
-            InputError: If it is something else, or the model cannot take the problem.
+            InputError: If it is something else, the model cannot take the problem, or it takes too long.
         """
         problem, greatest = self._checked(request)
+        self._deadline = time.monotonic() + self._limits.max_seconds
         form, model = self._opened.form, self._opened.model
         ids = form.encode(problem)
         room = model.config.max_positions - len(ids) + 1
