@@ -42,7 +42,13 @@ _EVALUATION_SEED = 2026  # held-out sets are the same for every seed of training
 
 @dataclass(frozen=True, kw_only=True)
 class DigitStage:
-    """Digits of the training problems from an optimiser step on."""
+    """Digits of the training problems from an optimiser step on.
+
+    Example:
+        >>> stages = [DigitStage(start_step=0, min_digits=1, max_digits=1), DigitStage(start_step=300, max_digits=3)]
+        >>> ArithmeticDataModule(max_digits=3, digit_stages=stages).digit_stages[1].start_step
+        300
+    """
 
     start_step: int
     """Optimiser step from which the stage is in force."""

@@ -32,6 +32,10 @@ def bucketed(lengths: np.ndarray, batch_size: int, seed: int, block: int) -> np.
 
     Returns:
         Indices into ``lengths``, ``(n, B)``.
+
+    Example:
+        >>> sorted(bucketed(np.array([9, 1, 8, 2]), batch_size=2, seed=0, block=0).tolist())
+        [0, 1, 2, 3]
     """
     batches = np.argsort(lengths, kind="stable").reshape(-1, batch_size)
     return batches[shuffled(len(batches), seed, "bucket", block)]
