@@ -35,7 +35,7 @@ class DepthSampler(ABC):
 
     Example:
         >>> sampler: DepthSampler = PoissonDepth(4.0)
-        >>> round(sampler.mean(), 1)
+        >>> round(sampler.mean, 1)
         4.0
     """
 
@@ -199,7 +199,7 @@ class DepthStage:
 
     Example:
         >>> stage = DepthStage(start_step=1200, sampler=FixedDepth(8))
-        >>> stage.sampler.mean()
+        >>> stage.sampler.mean
         8.0
     """
 

@@ -86,8 +86,8 @@ def log_likelihoods_at_depths(
         >>> model = LoopedTransformer(LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2, ffn_width=32))
         >>> text = torch.tensor([[1, 2, 3]])
         >>> scores, greedy = log_likelihoods_at_depths(model.eval(), text[:, :-1], text[:, 1:], [1, 4])
-        >>> scores.shape
-        torch.Size([2, 1])
+        >>> scores.shape  # depths, rows, positions
+        torch.Size([2, 1, 2])
     """
     scores, right = [], []
     for _, reached in unroll_at(model, model.embed(inputs, attention_mask), depths):
@@ -106,7 +106,7 @@ class GenerationOptions:
         ValueError: If a value is outside its range or has no effect.
 
     Example:
-        >>> GenerationOptions(num_loops=8, max_new_tokens=16, end_id=2, temperature=0.7).sampling.temperature
+        >>> GenerationOptions(num_loops=8, max_new_tokens=16, end_id=2, temperature=0.7).sampling().temperature
         0.7
     """
 
@@ -163,7 +163,8 @@ class TokenStep:
     """One token of every row.
 
     Example:
-        >>> step = TokenStep(tokens=torch.tensor([5, 2]), loops=torch.tensor([3, 8]), finished=torch.tensor([False, True]))
+        >>> finished = torch.tensor([False, True])
+        >>> step = TokenStep(tokens=torch.tensor([5, 2]), loops=torch.tensor([3, 8]), finished=finished)
         >>> step.loops.tolist()
         [3, 8]
     """
@@ -240,7 +241,8 @@ def generate(
         >>> from looplm import LoopedTransformer, ResidualExit
         >>> model = LoopedTransformer(LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2, ffn_width=32))
         >>> prompts = torch.tensor([[1, 2, 3], [4, 5, 6]])
-        >>> tokens = generate(model.eval(), prompts, num_loops=8, max_new_tokens=4, end_id=0, exit_rule=ResidualExit(0.05))
+        >>> rule = ResidualExit(0.05)
+        >>> tokens = generate(model.eval(), prompts, num_loops=8, max_new_tokens=4, end_id=0, exit_rule=rule)
         >>> tokens.shape[0]
         2
     """

@@ -30,8 +30,8 @@ class Norm(nn.Module):
     """Normalises the last dimension: LayerNorm, RMSNorm, or SimpleNorm (LayerNorm without gain and bias).
 
     Example:
-        >>> norm = Norm(LoopedConfig(vocab_size=11, width=16, num_heads=2, norm_type="rms_norm"))
-        >>> norm(torch.full((1, 1, 16), 3.0)).mean().item()
+        >>> norm = Norm(LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2, norm_type="rms_norm"))
+        >>> round(norm(torch.full((1, 1, 16), 3.0)).mean().item(), 4)
         1.0
     """
 
@@ -97,7 +97,7 @@ class Attention(nn.Module):
     """Causal self-attention with grouped-query heads.
 
     Example:
-        >>> attention = Attention(LoopedConfig(vocab_size=11, width=16, num_heads=2))
+        >>> attention = Attention(LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2))
         >>> attention(torch.zeros(2, 5, 16), None, None).shape
         torch.Size([2, 5, 16])
     """
@@ -156,7 +156,8 @@ class FeedForward(nn.Module):
     """The MLP of a block: GELU, or SwiGLU ``W_down(silu(W_gate x) · W_up x)``.
 
     Example:
-        >>> FeedForward(LoopedConfig(vocab_size=11, width=16, num_heads=2, ffn_width=32))(torch.zeros(2, 5, 16)).shape
+        >>> config = LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2, ffn_width=32)
+        >>> FeedForward(config)(torch.zeros(2, 5, 16)).shape
         torch.Size([2, 5, 16])
     """
 
@@ -177,7 +178,8 @@ class Block(nn.Module):
     """Attention, then MLP, each a sub-layer f with its norms placed as the config says (paper, section 3).
 
     Example:
-        >>> block = Block(LoopedConfig(vocab_size=11, width=16, num_heads=2, norm_placement="sandwich_dual"))
+        >>> config = LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2, norm_placement="post_norm")
+        >>> block = Block(config)
         >>> block(torch.zeros(2, 5, 16)).shape
         torch.Size([2, 5, 16])
     """
@@ -226,8 +228,9 @@ class DiagonalInjection(nn.Module):
     carries over by this path decays, whatever training makes of a and δ.
 
     Example:
-        >>> injection = DiagonalInjection(LoopedConfig(vocab_size=11, width=16, num_heads=2, input_injection="diagonal"))
-        >>> bool((injection.decay < 1).all())
+        >>> config = LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2, input_injection="diagonal")
+        >>> injection = DiagonalInjection(config)
+        >>> bool((injection.decay() < 1).all())
         True
     """
 

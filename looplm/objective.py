@@ -26,11 +26,12 @@ class ObjectiveOutput:
     """What one training step computed; tensors are scalars unless a shape is given.
 
     Example:
+        >>> import torch
         >>> from looplm import FixedDepth, LoopedConfig, LoopedTransformer
         >>> model = LoopedTransformer(LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2, ffn_width=32))
         >>> tokens = torch.zeros(2, 3, dtype=torch.long)
         >>> objective = STARSObjective(depth_sampler=FixedDepth(4))
-        >>> output = objective(model, tokens, tokens, key=StepKey(seed=0, micro_batch=0))
+        >>> output = objective(model, {"input_ids": tokens, "labels": tokens}, StepKey(seed=0, micro_batch=0))
         >>> output.depth, output.penalty is None
         (4, True)
     """
@@ -179,7 +180,8 @@ def stability_term(term: Penalty, model: LoopedModel, state: LoopState, previous
         The term, a scalar.
 
     Example:
-        >>> from looplm import JacobianPenalty, LoopedConfig, LoopedTransformer
+        >>> import torch
+        >>> from looplm import JacobianPenalty, LoopedConfig, LoopedTransformer, unroll
         >>> model = LoopedTransformer(LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2, ffn_width=32))
         >>> before, last = list(unroll(model, model.embed(torch.zeros(2, 3, dtype=torch.long)), 3))[-2:]
         >>> stability_term(JacobianPenalty(), model, last, before, StepKey(seed=0, micro_batch=0)).shape

@@ -103,6 +103,7 @@ def count_labels(labels: Tensor, trainer: L.Trainer) -> Tensor | None:
 
     Example:
         >>> import lightning as L
+        >>> import torch
         >>> trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
         >>> count_labels(torch.tensor([[-100, 5, 6]]), trainer) is None  # one rank
         True

@@ -148,7 +148,7 @@ def first_failure(error: BaseException) -> str:
 
     Example:
         >>> first_failure(OSError("disk full"))
-        'disk full'
+        'OSError: disk full'
     """
     while isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]

@@ -14,7 +14,7 @@ import looplm
 # Names that need no example, and why. A module's name stands for all of its names.
 WITHOUT_EXAMPLE = {
     "looplm.commands": "the command line is their user: --help documents them, tests/test_readme.py runs them",
-    "looplm.callbacks.dynamics_report.dynamics_figures": "LatentDynamicsMonitor is its user; each figure has an example",
+    "looplm.callbacks.dynamics_report.dynamics_figures": "LatentDynamicsMonitor is its user; each figure has one",
     **dict.fromkeys(
         (
             "looplm.corpora.evaluation_rows.EvaluationRows",

@@ -72,7 +72,8 @@ def show_figure(trainer: L.Trainer, key: str, figure: Figure) -> None:
     Example:
         >>> from looplm.figures import depth_curves
         >>> trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-        >>> show_figure(trainer, "val/curve", depth_curves({"run": ([0, 1], [0.0, 1.0])}))  # no logger: nothing to show it
+        >>> figure = depth_curves({"run": ([0, 1], [0.0, 1.0])})
+        >>> show_figure(trainer, "val/curve", figure)  # no logger: nothing happens
     """
     for logger in trainer.loggers:
         experiment: Any = getattr(logger, "experiment", None)

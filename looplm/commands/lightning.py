@@ -156,7 +156,7 @@ class LoopLMCLI(LightningCLI):
         """Build the trainer, with a TensorBoard logger in the run's directory unless the config names another."""
         if self._run_config.trainer.logger in (None, True):
             root = self._run_config.trainer.default_root_dir
-            # Without a metric of its own, which would be -1 in every run: SaveSettings names the ones that are measured.
+            # Its own metric would be -1 in every run; SaveSettings names those that are measured.
             kwargs["logger"] = TensorBoardLogger(root, name="", version="", default_hp_metric=False)
         trainer: Any = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:

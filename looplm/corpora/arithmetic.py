@@ -45,9 +45,8 @@ class DigitStage:
     """Digits of the training problems from an optimiser step on.
 
     Example:
-        >>> stages = [DigitStage(start_step=0, min_digits=1, max_digits=1), DigitStage(start_step=300, max_digits=3)]
-        >>> ArithmeticDataModule(max_digits=3, digit_stages=stages).digit_stages[1].start_step
-        300
+        >>> stages = [DigitStage(start_step=start, min_digits=1, max_digits=most) for start, most in ((0, 1), (300, 3))]
+        >>> data = ArithmeticDataModule(min_digits=1, max_digits=3, digit_stages=stages)
     """
 
     start_step: int

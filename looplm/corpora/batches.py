@@ -66,8 +66,8 @@ def packed_batch(rows: Sequence[Sequence[Example]], length: int, pad_id: int) ->
 
     Example:
         >>> rows = [[Example(np.array([5, 6, 2]), num_prompt=1), Example(np.array([5, 2]), num_prompt=1)]]
-        >>> packed_batch(rows, length=4, pad_id=0)["input_ids"].tolist()
-        [[5, 6, 5, 0]]
+        >>> packed_batch(rows, length=3, pad_id=0)["input_ids"].tolist()  # an end mark is no input
+        [[5, 6, 5]]
     """
     longest = max(sum(max(len(example.ids) - 1, 0) for example in row) for row in rows)
     tokens, labels, mask = _empty(len(rows), max(min(length, longest), 1), pad_id)

@@ -36,7 +36,7 @@ class RowPolicy:
         ValueError: If a value is not allowed.
 
     Example:
-        >>> policy = RowPolicy(max_tokens=512, overlong="cut", bad_rows="skip")
+        >>> policy = RowPolicy(max_tokens=512, overlong="truncate", bad_rows="skip")
     """
 
     max_tokens: int
@@ -69,8 +69,8 @@ def describe_fault(source: Source, row: str, fault: int, part: int) -> str:
     """Return the error of a faulty row.
 
     Example:
-        >>> describe_fault(Source(path="rows.jsonl"), "row 3", Fault.EMPTY, 0)  # doctest: +ELLIPSIS
-        '...row 3...'
+        >>> describe_fault(Source(path="rows.jsonl"), "row 3", Fault.EMPTY, 0)
+        "rows.jsonl, row 3, column 'question': empty; `bad_rows: skip` leaves such rows out."
     """
     column = source.columns.get(PARTS[part], PARTS[part])
     where = "" if fault == Fault.MALFORMED else f", column {column!r}"

@@ -34,7 +34,7 @@ class Problems:
         b: Second operands, int64 ``(N,)``.
 
     Example:
-        >>> Problems(np.array([12]), np.array([0]), np.array([34])).answers().tolist()  # operation 0 is addition
+        >>> Problems(np.array([12]), np.array([0]), np.array([34])).answers.tolist()  # operation 0 is addition
         [46]
     """
 

@@ -42,7 +42,7 @@ class Source:
     Example:
         >>> source = Source(path="openai/gsm8k", subset="main", split="test", weight=2.0)
         >>> source.label, source.is_file
-        ('openai/gsm8k', False)
+        ('gsm8k', False)
     """
 
     path: str

@@ -25,6 +25,7 @@ class TrainingStream(IterableDataset[dict[str, Tensor]]):
     """Whole batches, endless; begins where the trainer stands, so that resuming neither repeats nor skips any.
 
     Example:
+        >>> import torch
         >>> stream = TrainingStream(lambda index: {"index": torch.tensor(index)}, position=lambda: 5)
         >>> next(iter(stream))["index"].item()
         5

@@ -142,7 +142,8 @@ def leading_eigenvalues(
 
     Example:
         >>> stretch = torch.diag(torch.tensor([0.9, 0.5, 0.2, 0.1]))
-        >>> [round(abs(value), 3) for value in leading_eigenvalues(lambda h: h @ stretch, torch.ones(1, 4), k=2)[0].tolist()]
+        >>> (leading,) = leading_eigenvalues(lambda h: h @ stretch, torch.ones(1, 4), k=2)
+        >>> [round(abs(value), 3) for value in leading.tolist()]
         [0.9, 0.5]
     """
     require_scipy("leading_eigenvalues")

@@ -47,8 +47,8 @@ def unflatten(flat: Tensor, like: Hidden) -> Hidden:
     """Undo :func:`flatten`: return ``flat`` ``(B, N)`` in the structure, shapes and types of ``like``.
 
     Example:
-        >>> unflatten(torch.tensor([[1.0, 2.0]]), {"b": torch.zeros(1, 1), "a": torch.zeros(1, 1)})
-        {'b': tensor([[2.]]), 'a': tensor([[1.]])}
+        >>> unflatten(torch.tensor([[1.0, 2.0]]), {"a": torch.zeros(1, 1), "b": torch.zeros(1, 1)})
+        {'a': tensor([[1.]]), 'b': tensor([[2.]])}
     """
     if not isinstance(like, dict):
         return flat.reshape(like.shape).to(like.dtype)
@@ -120,7 +120,7 @@ def num_real(hidden: Hidden, mask: Tensor | None) -> Tensor:
 
     Example:
         >>> num_real(torch.zeros(1, 3, 4), torch.tensor([[1, 1, 0]])).tolist()
-        [8]
+        [8.0]
     """
     return squared_norm(mask_padding(pytree.tree_map(torch.ones_like, hidden), mask))
 
