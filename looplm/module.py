@@ -128,6 +128,13 @@ class LoopLM(L.LightningModule):
     Raises:
         InputError: If ``init_from`` cannot be read or has another architecture.
         ValueError: If a list of depths is not increasing, or a number is out of its range.
+
+    Example:
+        >>> from looplm import FixedDepth, STARSObjective
+        >>> config = LoopedConfig(vocab_size=15, max_positions=16, width=16, num_heads=2, ffn_width=32)
+        >>> module = LoopLM(config, STARSObjective(depth_sampler=FixedDepth(4)), val_depths=[4, 64])
+        >>> module.config.width
+        16
     """
 
     def __init__(
@@ -165,7 +172,8 @@ class LoopLM(L.LightningModule):
                 self.model = LoopedTransformer(config)
         else:
             self.model = _pretrained(config, init_from)
-        self.save_hyperparameters({"config": self.model.config.to_dict()})
+        # For checkpoints; the command line gives loggers the whole config.
+        self.save_hyperparameters({"config": self.model.config.to_dict()}, logger=False)
         self.objective = objective
         self.optimizer = optimizer
         self.lr_schedule = lr_schedule

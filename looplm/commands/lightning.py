@@ -33,6 +33,7 @@ from looplm.callbacks.non_finite import NonFiniteGuard
 from looplm.callbacks.preemption import SaveOnSignal
 from looplm.commands.messages import condense
 from looplm.commands.processes import die_with_parent, lost_process
+from looplm.commands.settings import SaveSettings
 from looplm.corpora import bpe, mathematics, pretrained_tokenizer, text_tokenizer  # noqa: F401
 from looplm.corpora.arithmetic import ArithmeticDataModule
 from looplm.durable import DurableCheckpointIO
@@ -155,7 +156,9 @@ class LoopLMCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the trainer, with a TensorBoard logger in the run's directory unless the config names another."""
         if self._run_config.trainer.logger in (None, True):
-            kwargs["logger"] = TensorBoardLogger(self._run_config.trainer.default_root_dir, name="", version="")
+            root = self._run_config.trainer.default_root_dir
+            # Its own metric would be -1 in every run; SaveSettings names those that are measured.
+            kwargs["logger"] = TensorBoardLogger(root, name="", version="", default_hp_metric=False)
         trainer: Any = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = DurableCheckpointIO()
@@ -281,6 +284,7 @@ def run(argv: Sequence[str]) -> LoopLMCLI:
             subclass_mode_data=True,
             seed_everything_default=0,
             auto_configure_optimizers=False,
+            save_config_callback=SaveSettings,
             save_config_kwargs={"overwrite": True},
             parser_class=_Parser,
             parser_kwargs={"allow_abbrev": False},

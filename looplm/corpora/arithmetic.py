@@ -44,7 +44,12 @@ _EVALUATION_SEED = 2026  # held-out sets are the same for every seed of training
 
 @dataclass(frozen=True, kw_only=True)
 class DigitStage:
-    """Digits of the training problems from an optimiser step on."""
+    """Digits of the training problems from an optimiser step on.
+
+    Example:
+        >>> stages = [DigitStage(start_step=start, min_digits=1, max_digits=most) for start, most in ((0, 1), (300, 3))]
+        >>> data = ArithmeticDataModule(min_digits=1, max_digits=3, digit_stages=stages)
+    """
 
     start_step: int
     """Optimiser step from which the stage is in force."""

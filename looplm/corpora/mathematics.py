@@ -86,6 +86,10 @@ class MathDataModule(L.LightningDataModule):
 
     Raises:
         ValueError: If a value is outside its range or has no effect.
+
+    Example:
+        >>> numina = Source(path="AI-MO/NuminaMath-1.5", question="problem", answer="solution")
+        >>> data = MathDataModule(train=[numina], template="{question} ", max_tokens=512)
     """
 
     def __init__(

@@ -227,6 +227,10 @@ def product_named(method: str) -> Callable[[StepFn, Hidden, Hidden], Hidden]:
 
     Raises:
         ValueError: If there is none of that name.
+
+    Example:
+        >>> product_named("jvp") is jvp
+        True
     """
     if method not in PRODUCTS:
         raise ValueError(f"`method` must be one of {sorted(PRODUCTS)}, got {method!r}.")
