@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: stars test lint clean
+.PHONY: stars test bench lint clean
 .DEFAULT_GOAL := stars
 
 # The environment is made anew when what it is made from changes.
@@ -18,6 +18,9 @@ stars: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m tests.benchmarks --json build/benchmarks.json
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -39,6 +39,7 @@ _HOME = {
     "LoopedModel": "looplm.loop",
     "LoopedTransformer": "looplm.model",
     "MathDataModule": "looplm.corpora.mathematics",
+    "MuonAdamW": "looplm.optimizers",
     "NonFiniteGuard": "looplm.callbacks.non_finite",
     "PoissonDepth": "looplm.depth",
     "ProgressLines": "looplm.callbacks.progress_lines",
@@ -49,6 +50,7 @@ _HOME = {
     "ShardedStrategy": "looplm.strategy",
     "StabilityWarning": "looplm.callbacks.stability_warning",
     "StarsReleasePenalty": "looplm.stability.penalty",
+    "ThroughputMeter": "looplm.callbacks.throughput",
     "TokenStep": "looplm.generation",
     "UniformDepth": "looplm.depth",
     "exit_distribution": "looplm.exits",
@@ -76,6 +78,7 @@ if TYPE_CHECKING:
     from looplm.callbacks.preemption import SaveOnSignal
     from looplm.callbacks.progress_lines import ProgressLines
     from looplm.callbacks.stability_warning import StabilityWarning
+    from looplm.callbacks.throughput import ThroughputMeter
     from looplm.checkpoints import from_pretrained, save_pretrained
     from looplm.config import LoopedConfig
     from looplm.corpora.arithmetic import ArithmeticDataModule
@@ -115,6 +118,7 @@ if TYPE_CHECKING:
     from looplm.model import LoopedTransformer
     from looplm.module import LoopLM
     from looplm.objective import STARSObjective
+    from looplm.optimizers import MuonAdamW
     from looplm.stability.penalty import JacobianPenalty, LastStepPenalty, StarsReleasePenalty
     from looplm.strategy import ShardedStrategy
 

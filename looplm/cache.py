@@ -48,6 +48,12 @@ class KVSlot:
         values: The same.
         rows: The samples that are computed now, ``(R,)``; None: all.
         start: Where the tokens that are computed now begin.
+
+    Example:
+        >>> slot = KVSlot(keys=torch.zeros(1, 2, 8, 4), values=torch.zeros(1, 2, 8, 4), rows=None, start=3)
+        >>> keys, values = slot.append(torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4))  # the fourth token
+        >>> keys.shape
+        torch.Size([1, 2, 4, 4])
     """
 
     keys: Tensor

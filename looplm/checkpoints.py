@@ -58,6 +58,9 @@ def load_model(
 
     Raises:
         InputError: See there.
+
+    Example:
+        >>> model = load_model("ByteDance/Ouro-1.4B", device="cuda")  # doctest: +SKIP
     """
     if not os.path.isfile(source):
         return from_pretrained(source, dtype=dtype, device=device)
@@ -137,6 +140,14 @@ def save_pretrained(
     Raises:
         InputError: If the directory cannot be written, or is the current one, or an Ouro or Huginn has neither
             ``num_loops`` nor an origin.
+
+    Example:
+        >>> import tempfile
+        >>> config = LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2, ffn_width=32)
+        >>> folder = Path(tempfile.mkdtemp()) / "model"
+        >>> save_pretrained(LoopedTransformer(config), folder, num_loops=4)
+        >>> from_pretrained(folder).config == config
+        True
     """
     origin = model.origin if origin is None else origin
     family = family_of(model.config)
@@ -212,6 +223,14 @@ def save_checkpoint(model: LoopedTransformer, path: str | os.PathLike[str]) -> N
 
     Raises:
         InputError: If the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> config = LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2, ffn_width=32)
+        >>> path = Path(tempfile.mkdtemp()) / "model.ckpt"
+        >>> save_checkpoint(LoopedTransformer(config), path)
+        >>> load_checkpoint(path).config == config
+        True
     """
     content: dict[str, Any] = {
         **pack_origin(model.origin),
@@ -239,6 +258,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> LoopedTransformer:
 
     Raises:
         InputError: If the file is missing, damaged, or no checkpoint of looplm.
+
+    Example:
+        >>> model = load_checkpoint("runs/stars/checkpoints/last.ckpt")  # doctest: +SKIP
     """
     where = repr(os.fspath(path))
     if not os.path.isfile(path):
@@ -273,6 +295,13 @@ def read_origin(folder: str | os.PathLike[str]) -> Origin:
 
     Raises:
         InputError: If it is no such directory.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> _ = (folder / "config.json").write_text('{"model_type": "ouro"}')
+        >>> read_origin(folder).config["model_type"]
+        'ouro'
     """
     path = Path(folder)
     if not os.path.isdir(path):
@@ -296,6 +325,12 @@ def local_folder(path_or_hub_id: str | os.PathLike[str]) -> Path:
 
     Raises:
         InputError: If it is neither a directory nor the name of one that the hub gives.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> local_folder(folder) == Path(folder)
+        True
     """
     name = os.fspath(path_or_hub_id)
     if os.path.isdir(name):

@@ -45,6 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, or 2 after an error of the user's, which was printed in one line.
+
+    Example:
+        >>> main(["--version"])
+        looplm ...
+        0
     """
     args = list(sys.argv[1:] if argv is None else argv)
     try:

@@ -33,6 +33,12 @@ class Rows:
 
     Raises:
         ValueError: If the model cannot do what the cache or the rule asks for.
+
+    Example:
+        >>> from looplm import LoopedConfig, LoopedTransformer
+        >>> model = LoopedTransformer(LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2, ffn_width=32))
+        >>> prompts = torch.tensor([[1, 2, 3]])
+        >>> rows = Rows(model.eval(), prompts, None, num_loops=4, max_new_tokens=2, cache="last", exit_rule=None)
     """
 
     def __init__(

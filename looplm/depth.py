@@ -31,7 +31,13 @@ __all__ = [
 
 
 class DepthSampler(ABC):
-    """A distribution P over the number of loops of a training step."""
+    """A distribution P over the number of loops of a training step.
+
+    Example:
+        >>> sampler: DepthSampler = PoissonDepth(4.0)
+        >>> round(sampler.mean, 1)
+        4.0
+    """
 
     @abstractmethod
     def pmf(self) -> np.ndarray:
@@ -65,6 +71,13 @@ def check_starts(name: str, starts: Sequence[int]) -> None:
 
     Raises:
         ValueError: If they do not begin at 0 or do not increase; the message calls the stages ``name``.
+
+    Example:
+        >>> check_starts("stages", [0, 100])
+        >>> check_starts("stages", [5])
+        Traceback (most recent call last):
+        ...
+        ValueError: ...
     """
     if not starts or starts[0] != 0 or any(a >= b for a, b in pairwise(starts)):
         raise ValueError(f"`start_step` of the `{name}` must begin at 0 and increase, got {list(starts)}.")
@@ -182,7 +195,13 @@ class LogUniformDepth(DepthSampler):
 
 @dataclass(frozen=True, kw_only=True)
 class DepthStage:
-    """One stage of a :class:`ScheduledDepth`."""
+    """One stage of a :class:`ScheduledDepth`.
+
+    Example:
+        >>> stage = DepthStage(start_step=1200, sampler=FixedDepth(8))
+        >>> stage.sampler.mean
+        8.0
+    """
 
     start_step: int
     """Optimiser step from which ``sampler`` is in force."""

@@ -19,7 +19,12 @@ _SUFFIX = ".saving"
 
 
 def sync_directory(folder: Path) -> None:
-    """Make renames in a folder outlast a loss of power."""
+    """Make renames in a folder outlast a loss of power.
+
+    Example:
+        >>> import tempfile
+        >>> sync_directory(Path(tempfile.mkdtemp()))
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -35,6 +40,14 @@ def replaced(path: Path) -> Iterator[IO[bytes]]:
 
     Raises:
         InputError: If it cannot be written; ``path`` is then as before.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "file"
+        >>> with replaced(path) as file:
+        ...     _ = file.write(b"whole")
+        >>> path.read_bytes()
+        b'whole'
     """
     temporary = path.with_name(f".{path.name}{_SUFFIX}")
     try:
@@ -77,6 +90,13 @@ def save_whole(content: Any, path: Path) -> None:
 
     Raises:
         InputError: If it cannot be written; ``path`` is then as before.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "one.pt"
+        >>> save_whole({"step": 7}, path)
+        >>> torch.load(path, weights_only=True)
+        {'step': 7}
     """
     with replaced(path) as file:
         pipe = _Pipe(file)
@@ -86,7 +106,12 @@ def save_whole(content: Any, path: Path) -> None:
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint files, written beside the old one, synced and renamed; read without running code."""
+    """Lightning's checkpoint files, written beside the old one, synced and renamed; read without running code.
+
+    Example:
+        >>> import lightning as L
+        >>> trainer = L.Trainer(accelerator="cpu", plugins=[DurableCheckpointIO()], logger=False)
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write a checkpoint.

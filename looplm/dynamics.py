@@ -40,7 +40,15 @@ QUANTITIES = (
 
 
 def step_function(model: LoopedModel, state: LoopState) -> StepFn:
-    """Return Φ as a function of the latent state alone, at the context and depth of ``state``."""
+    """Return Φ as a function of the latent state alone, at the context and depth of ``state``.
+
+    Example:
+        >>> from looplm import LoopedConfig, LoopedTransformer
+        >>> model = LoopedTransformer(LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2, ffn_width=32))
+        >>> state = model.eval().embed(torch.zeros(1, 3, dtype=torch.long))
+        >>> torch.equal(step_function(model, state)(state.hidden), model.step(state).hidden)
+        True
+    """
 
     def step_fn(hidden: Hidden) -> Hidden:
         return model.step(LoopState(hidden, state.context, state.depth)).hidden
@@ -91,6 +99,13 @@ def finite_time_lyapunov(
 
     Raises:
         ValueError: If ``num_loops`` is below 1 or ``method`` is ``vjp``.
+
+    Example:
+        >>> from looplm import LoopedConfig, LoopedTransformer
+        >>> model = LoopedTransformer(LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2, ffn_width=32))
+        >>> state = model.eval().embed(torch.zeros(2, 3, dtype=torch.long))
+        >>> finite_time_lyapunov(model, state, 4, generator=torch.Generator()).shape
+        torch.Size([4, 2])
     """
     if method == "vjp":
         raise ValueError("a Lyapunov exponent needs `J v`, got `vjp`: use `finite_difference` or `jvp`.")
@@ -115,6 +130,13 @@ class Trajectory:
         depths: K depths.
         states: The flattened states, padded positions zero, float32 ``(K, B, N)``.
         residuals: ``‖Φ(h) − h‖ / ‖Φ(h)‖`` at each, ``(K, B)``.
+
+    Example:
+        >>> from looplm import LoopedConfig, LoopedTransformer
+        >>> model = LoopedTransformer(LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2, ffn_width=32))
+        >>> path = Trajectory.record(model.eval(), model.embed(torch.zeros(2, 3, dtype=torch.long)), depths=[0, 1, 4])
+        >>> path.residuals.shape
+        torch.Size([3, 2])
     """
 
     depths: list[int]
@@ -202,6 +224,14 @@ def measure_dynamics(
     Raises:
         ValueError: If ``depths`` are not increasing, or ``method`` is ``vjp`` with ``num_iterations`` or
             ``with_lyapunov``.
+
+    Example:
+        >>> from looplm import LoopedConfig, LoopedTransformer
+        >>> model = LoopedTransformer(LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2, ffn_width=32))
+        >>> state = model.eval().embed(torch.zeros(2, 3, dtype=torch.long))
+        >>> quantities, path = measure_dynamics(model, state, [1, 4], num_products=12, num_iterations=2)
+        >>> quantities["spectral_radius"].shape
+        torch.Size([2, 2])
     """
     depths = check_depths("depths", depths)
     mask = state.context.get("attention_mask")

@@ -45,7 +45,13 @@ def exit_distribution(gates: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopSignals:
-    """What a rule sees of R tokens after a loop; what no rule asked for is None."""
+    """What a rule sees of R tokens after a loop; what no rule asked for is None.
+
+    Example:
+        >>> h = torch.zeros(2, 4)  # two tokens of width 4
+        >>> LoopSignals(depth=1, previous=h, hidden=h).logits is None
+        True
+    """
 
     depth: int
     """Loops they have run."""
@@ -66,6 +72,11 @@ class ExitRule(ABC):
 
     Args:
         min_loops: No token stops before that many loops.
+
+    Example:
+        >>> class EvenDepthExit(ExitRule):
+        ...     def _fires(self, signals):
+        ...         return torch.full(signals.hidden.shape[:1], signals.depth % 2 == 0)
     """
 
     needs_logits = False

@@ -20,7 +20,12 @@ __all__ = ["FAMILIES", "Family", "ForeignTensor", "Part", "family_named", "famil
 
 @dataclass(frozen=True)
 class Part:
-    """Rows ``start`` to ``stop`` of one of our tensors."""
+    """Rows ``start`` to ``stop`` of one of our tensors.
+
+    Example:
+        >>> Part("core.0.attention.query.weight", 0, 16).stop
+        16
+    """
 
     name: str
     start: int
@@ -29,7 +34,12 @@ class Part:
 
 @dataclass(frozen=True)
 class ForeignTensor:
-    """A tensor of a published checkpoint: ``parts`` one below the other, in another ``shape``."""
+    """A tensor of a published checkpoint: ``parts`` one below the other, in another ``shape``.
+
+    Example:
+        >>> ForeignTensor("model.norm.weight", (16,), (Part("final_norm.weight", 0, 16),)).shape
+        (16,)
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -37,7 +47,12 @@ class ForeignTensor:
 
 
 class Family(ABC):
-    """How one kind of checkpoint describes itself and names its tensors."""
+    """How one kind of checkpoint describes itself and names its tensors.
+
+    Example:
+        >>> family_named("ouro").loops_field
+        'total_ut_steps'
+    """
 
     model_type: str
     """The ``model_type`` of its config.json."""
@@ -379,6 +394,10 @@ def family_named(model_type: Any) -> Family:
 
     Raises:
         InputError: If it is unknown.
+
+    Example:
+        >>> family_named("huginn_raven").loops_field
+        'mean_recurrence'
     """
     for family in FAMILIES:
         if family.model_type == model_type:

@@ -50,6 +50,12 @@ def predictions_at_depths(
 
     Raises:
         ValueError: If ``depths`` is empty, negative or not strictly increasing.
+
+    Example:
+        >>> from looplm import LoopedTransformer
+        >>> model = LoopedTransformer(LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2, ffn_width=32))
+        >>> predictions_at_depths(model.eval(), torch.zeros(2, 3, dtype=torch.long), [0, 4, 64]).shape
+        torch.Size([3, 2, 3])
     """
     state = model.embed(inputs, attention_mask)
     return torch.stack([model.decode(reached).argmax(-1) for _, reached in unroll_at(model, state, depths)])
@@ -74,6 +80,14 @@ def log_likelihoods_at_depths(
 
     Raises:
         ValueError: If ``depths`` is empty, negative or not strictly increasing.
+
+    Example:
+        >>> from looplm import LoopedTransformer
+        >>> model = LoopedTransformer(LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2, ffn_width=32))
+        >>> text = torch.tensor([[1, 2, 3]])
+        >>> scores, greedy = log_likelihoods_at_depths(model.eval(), text[:, :-1], text[:, 1:], [1, 4])
+        >>> scores.shape  # depths, rows, positions
+        torch.Size([2, 1, 2])
     """
     scores, right = [], []
     for _, reached in unroll_at(model, model.embed(inputs, attention_mask), depths):
@@ -90,6 +104,10 @@ class GenerationOptions:
 
     Raises:
         ValueError: If a value is outside its range or has no effect.
+
+    Example:
+        >>> GenerationOptions(num_loops=8, max_new_tokens=16, end_id=2, temperature=0.7).sampling().temperature
+        0.7
     """
 
     num_loops: int
@@ -142,7 +160,14 @@ def _is_stop(sequence: object) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenStep:
-    """One token of every row."""
+    """One token of every row.
+
+    Example:
+        >>> finished = torch.tensor([False, True])
+        >>> step = TokenStep(tokens=torch.tensor([5, 2]), loops=torch.tensor([3, 8]), finished=finished)
+        >>> step.loops.tolist()
+        [3, 8]
+    """
 
     tokens: Tensor
     """int64 ``(B,)``; ``end_id`` in rows that had ended before."""
@@ -154,7 +179,12 @@ class TokenStep:
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """Continuations and what they cost."""
+    """Continuations and what they cost.
+
+    Example:
+        >>> Generation(tokens=torch.tensor([[5, 2, 2]]), loops=torch.tensor([[3, 5, 0]])).mean_loops
+        4.0
+    """
 
     tokens: Tensor
     """int64 ``(B, N)``; after its end a row holds ``end_id``."""
@@ -206,6 +236,15 @@ def generate(
     Raises:
         ValueError: If a value is outside its range or has no effect, the padding is not on the left, the model is not
             in evaluation mode, or it cannot take that many tokens.
+
+    Example:
+        >>> from looplm import LoopedTransformer, ResidualExit
+        >>> model = LoopedTransformer(LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2, ffn_width=32))
+        >>> prompts = torch.tensor([[1, 2, 3], [4, 5, 6]])
+        >>> rule = ResidualExit(0.05)
+        >>> tokens = generate(model.eval(), prompts, num_loops=8, max_new_tokens=4, end_id=0, exit_rule=rule)
+        >>> tokens.shape[0]
+        2
     """
     options = GenerationOptions(
         num_loops=num_loops,
@@ -225,7 +264,16 @@ def generate(
 def generate_with_loops(
     model: LoopedModel, tokens: Tensor, options: GenerationOptions, attention_mask: Tensor | None = None
 ) -> Generation:
-    """Continue a batch of prompts and report the loops that every token took; see :func:`generate`."""
+    """Continue a batch of prompts and report the loops that every token took; see :func:`generate`.
+
+    Example:
+        >>> from looplm import KLExit, LoopedTransformer
+        >>> model = LoopedTransformer(LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2, ffn_width=32))
+        >>> options = GenerationOptions(num_loops=8, max_new_tokens=4, end_id=0, exit_rule=KLExit(0.01))
+        >>> result = generate_with_loops(model.eval(), torch.tensor([[1, 2, 3]]), options)
+        >>> 1 <= result.mean_loops <= 8
+        True
+    """
     steps = list(stream_tokens(model, tokens, options, attention_mask))
     return Generation(
         tokens=torch.stack([step.tokens for step in steps], dim=1),
@@ -243,6 +291,13 @@ def stream_tokens(
     """Return an iterator over the next token of every row, each as soon as it is known; see :func:`generate`.
 
     ``row_keys`` names each row in the draws, int64 ``(B,)``; None: its place in the batch.
+
+    Example:
+        >>> from looplm import LoopedTransformer
+        >>> model = LoopedTransformer(LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2, ffn_width=32))
+        >>> options = GenerationOptions(num_loops=4, max_new_tokens=3, end_id=0)
+        >>> for step in stream_tokens(model.eval(), torch.tensor([[1, 2]]), options):
+        ...     assert step.tokens.shape == (1,)
     """
     _check_padding(tokens, attention_mask)
     rows = _rows(model, tokens, attention_mask, options)
@@ -287,6 +342,13 @@ def generate_at_depths(
 
     Raises:
         ValueError: If ``depths`` is empty, negative or not strictly increasing, or a value is out of its range.
+
+    Example:
+        >>> from looplm import LoopedTransformer
+        >>> model = LoopedTransformer(LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2, ffn_width=32))
+        >>> prompts = torch.tensor([[1, 2, 3], [4, 5, 6]])
+        >>> generate_at_depths(model.eval(), prompts, depths=[1, 4], max_new_tokens=2, end_id=0).shape[:2]
+        torch.Size([2, 2])
     """
     depths = check_depths("depths", depths)
     options = GenerationOptions(

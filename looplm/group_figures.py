@@ -58,6 +58,10 @@ def bands_by_depth(
 
     Returns:
         The figure, 8.5 × 4.5 inches, or four panels a row.
+
+    Example:
+        >>> runs = [([1, 64], [1.0, 0.9]), ([1, 64], [1.0, 0.8])]  # two seeds
+        >>> figure = bands_by_depth({"stars": runs}, title="Exact match", ylabel="%")
     """
     bands = {name: _over_runs(runs) for name, runs in curves.items()}
     together = len(bands) <= len(COLOURS)
@@ -144,6 +148,9 @@ def numbered_points(
 
     Returns:
         The figure, 9.5 × 5.5 inches.
+
+    Example:
+        >>> figure = numbered_points({"stars": [(0.9, 99.0), (0.8, 98.0)]}, title="Stability", xlabel="ρ", ylabel="%")
     """
     figure, axes = canvas((9.5, 5.5))
     for index, (name, pairs) in enumerate(points.items()):

@@ -22,7 +22,16 @@ __all__ = ["DepthInspection", "ExitInspection", "InspectedAnswer", "inspect_dept
 
 @dataclass(frozen=True, kw_only=True)
 class InspectedAnswer:
-    """An answer of N tokens, read at K depths with itself as the text (as in training)."""
+    """An answer of N tokens, read at K depths with itself as the text (as in training).
+
+    Example:
+        >>> once = torch.tensor([[0.5], [0.9]])
+        >>> answer = InspectedAnswer(
+        ...     tokens=[3], probability=once, entropy=once, residual=once, path=torch.zeros(2, 2), explained=torch.ones(2)
+        ... )
+        >>> answer.probability[-1].tolist() == [once[1].item()]
+        True
+    """
 
     tokens: list[int]
     """Its ids, the end mark included."""
@@ -40,7 +49,12 @@ class InspectedAnswer:
 
 @dataclass(frozen=True, kw_only=True)
 class DepthInspection:
-    """The answers to a prompt at K depths."""
+    """The answers to a prompt at K depths.
+
+    Example:
+        >>> DepthInspection(depths=[0, 1], answers=[], chosen=[0, 0]).depths
+        [0, 1]
+    """
 
     depths: list[int]
     """The depths."""
@@ -52,7 +66,12 @@ class DepthInspection:
 
 @dataclass(frozen=True, kw_only=True)
 class ExitInspection:
-    """What a prompt's answer is where an exit rule decides the depth of every token."""
+    """What a prompt's answer is where an exit rule decides the depth of every token.
+
+    Example:
+        >>> ExitInspection(tokens=[5, 2], loops=[3, 8]).mean_loops
+        5.5
+    """
 
     tokens: list[int]
     """Ids, the end mark included."""

@@ -27,7 +27,13 @@ __all__ = [
 
 
 class Norm(nn.Module):
-    """Normalises the last dimension: LayerNorm, RMSNorm, or SimpleNorm (LayerNorm without gain and bias)."""
+    """Normalises the last dimension: LayerNorm, RMSNorm, or SimpleNorm (LayerNorm without gain and bias).
+
+    Example:
+        >>> norm = Norm(LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2, norm_type="rms_norm"))
+        >>> round(norm(torch.full((1, 1, 16), 3.0)).mean().item(), 4)
+        1.0
+    """
 
     def __init__(self, config: LoopedConfig) -> None:
         super().__init__()
@@ -49,28 +55,52 @@ class Norm(nn.Module):
 
 
 def rotary_angles(position_ids: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of ``position · theta^(−2j/d)``, each ``(B, 1, T, d/2)``, in float32 (RoFormer, eq. 15)."""
+    """Return cos and sin of ``position · theta^(−2j/d)``, each ``(B, 1, T, d/2)``, in float32 (RoFormer, eq. 15).
+
+    Example:
+        >>> cos, sin = rotary_angles(torch.arange(5)[None], head_width=8, theta=10_000.0)
+        >>> cos.shape
+        torch.Size([1, 1, 5, 4])
+    """
     exponents = torch.arange(0, head_width, 2, device=position_ids.device, dtype=torch.float32) / head_width
     angles = position_ids[:, None, :, None].float() * theta**-exponents
     return angles.cos(), angles.sin()
 
 
 def rotate_half_split(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate feature j of ``x`` ``(B, H, T, d)`` with feature j + d/2."""
+    """Rotate feature j of ``x`` ``(B, H, T, d)`` with feature j + d/2.
+
+    Example:
+        >>> x = torch.tensor([[[[1.0, 0.0]]]])
+        >>> rotate_half_split(x, torch.tensor([[[[0.0]]]]), torch.tensor([[[[1.0]]]])).tolist()  # a right angle
+        [[[[0.0, 1.0]]]]
+    """
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate feature 2j of ``x`` ``(B, H, T, d)`` with feature 2j + 1."""
+    """Rotate feature 2j of ``x`` ``(B, H, T, d)`` with feature 2j + 1.
+
+    Example:
+        >>> x = torch.tensor([[[[1.0, 0.0]]]])
+        >>> rotate_interleaved(x, torch.tensor([[[[0.0]]]]), torch.tensor([[[[1.0]]]])).tolist()  # a right angle
+        [[[[0.0, 1.0]]]]
+    """
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped-query heads."""
+    """Causal self-attention with grouped-query heads.
+
+    Example:
+        >>> attention = Attention(LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2))
+        >>> attention(torch.zeros(2, 5, 16), None, None).shape
+        torch.Size([2, 5, 16])
+    """
 
     def __init__(self, config: LoopedConfig) -> None:
         super().__init__()
@@ -123,7 +153,13 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The MLP of a block: GELU, or SwiGLU ``W_down(silu(W_gate x) · W_up x)``."""
+    """The MLP of a block: GELU, or SwiGLU ``W_down(silu(W_gate x) · W_up x)``.
+
+    Example:
+        >>> config = LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2, ffn_width=32)
+        >>> FeedForward(config)(torch.zeros(2, 5, 16)).shape
+        torch.Size([2, 5, 16])
+    """
 
     def __init__(self, config: LoopedConfig) -> None:
         super().__init__()
@@ -139,7 +175,14 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each a sub-layer f with its norms placed as the config says (paper, section 3)."""
+    """Attention, then MLP, each a sub-layer f with its norms placed as the config says (paper, section 3).
+
+    Example:
+        >>> config = LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2, norm_placement="post_norm")
+        >>> block = Block(config)
+        >>> block(torch.zeros(2, 5, 16)).shape
+        torch.Size([2, 5, 16])
+    """
 
     def __init__(self, config: LoopedConfig) -> None:
         super().__init__()
@@ -183,6 +226,12 @@ class DiagonalInjection(nn.Module):
 
     A continuous system with a negative diagonal, discretised: every entry of Ā lies in (0, 1), so that what the loop
     carries over by this path decays, whatever training makes of a and δ.
+
+    Example:
+        >>> config = LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2, input_injection="diagonal")
+        >>> injection = DiagonalInjection(config)
+        >>> bool((injection.decay() < 1).all())
+        True
     """
 
     def __init__(self, config: LoopedConfig) -> None:

@@ -5,7 +5,6 @@ Knows nothing of transformers, text or training: any module with these three met
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -82,7 +81,19 @@ class LoopState:
 
 @runtime_checkable
 class LoopedModel(Protocol):
-    """Three functions that make a looped model: ``h₀ = embed(inputs)``, ``h_{t+1} = step(h_t)``, ``decode(h_t)``."""
+    """Three functions that make a looped model: ``h₀ = embed(inputs)``, ``h_{t+1} = step(h_t)``, ``decode(h_t)``.
+
+    Example:
+        >>> class Halving:
+        ...     def embed(self, inputs, attention_mask=None, initial_hidden=None):
+        ...         return LoopState(inputs, {})
+        ...     def step(self, state):
+        ...         return state.advance(0.5 * state.hidden)
+        ...     def decode(self, state):
+        ...         return state.hidden
+        >>> isinstance(Halving(), LoopedModel)
+        True
+    """
 
     def embed(
         self, inputs: Any, attention_mask: Tensor | None = None, initial_hidden: Hidden | None = None
@@ -105,6 +116,12 @@ class CachedLoopedModel(LoopedModel, Protocol):
 
     Without the cache each behaves as :class:`LoopedModel` says. What a cache is, is the model's own affair; generation
     asks of it what :class:`~looplm.cache.LoopKVCache` offers.
+
+    Example:
+        >>> from looplm import LoopedConfig, LoopedTransformer
+        >>> model = LoopedTransformer(LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2, ffn_width=32))
+        >>> isinstance(model, CachedLoopedModel)
+        True
     """
 
     def make_cache(self, batch_size: int, max_tokens: int, num_loops: int, policy: str = "per_loop") -> Any:
@@ -135,6 +152,10 @@ def check_depths(name: str, depths: Sequence[int]) -> list[int]:
 
     Raises:
         ValueError: If they are none, negative or not strictly increasing; the message calls them ``name``.
+
+    Example:
+        >>> check_depths("depths", (1, 4, 16))
+        [1, 4, 16]
     """
     if not depths or depths[0] < 0 or any(a >= b for a, b in pairwise(depths)):
         raise ValueError(f"`{name}` must be non-negative and strictly increasing, got {list(depths)}.")
@@ -157,13 +178,23 @@ def unroll(
 
     Raises:
         ValueError: If ``num_loops`` is negative.
+
+    Example:
+        >>> from looplm import LoopedConfig, LoopedTransformer
+        >>> model = LoopedTransformer(LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2, ffn_width=32))
+        >>> [state.depth for state in unroll(model, model.embed(torch.zeros(1, 3, dtype=torch.long)), num_loops=3)]
+        [0, 1, 2, 3]
     """
     if num_loops < 0:
         raise ValueError(f"`num_loops` must be >= 0, got {num_loops}.")
     frozen_loops = 0 if backprop_loops is None else max(num_loops - backprop_loops, 0)
     yield state
     for index in range(num_loops):
-        with torch.no_grad() if index < frozen_loops else contextlib.nullcontext():
+        if index < frozen_loops:
+            with torch.no_grad():
+                # Detached, since compiled code would tell a state with a history from one without.
+                state = model.step(state.detach())
+        else:
             state = model.step(state)
         yield state
 
@@ -178,6 +209,13 @@ def unroll_at(model: LoopedModel, state: LoopState, depths: Sequence[int]) -> It
 
     Raises:
         ValueError: If ``depths`` is empty, negative or not strictly increasing.
+
+    Example:
+        >>> from looplm import LoopedConfig, LoopedTransformer
+        >>> model = LoopedTransformer(LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2, ffn_width=32))
+        >>> state = model.embed(torch.zeros(1, 3, dtype=torch.long))
+        >>> [(depth, reached.depth) for depth, reached in unroll_at(model, state, [0, 4])]
+        [(0, 0), (4, 4)]
     """
     wanted = iter(check_depths("depths", depths))
     target = next(wanted)

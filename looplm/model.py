@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -57,6 +57,7 @@ class LoopedTransformer(nn.Module):
         self.head = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
         # No objective here trains the gate; a parameter without gradient would stop data-parallel training.
         self.exit_gate = nn.Linear(config.width, 1).requires_grad_(False) if config.exit_gate else None
+        self._compiled: Callable[..., Tensor] | None = None
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -155,7 +156,12 @@ class LoopedTransformer(nn.Module):
             hidden = hidden + injected
         layers = range(len(self.core))
         slots = [None for _ in layers] if cache is None else [cache.core_slot(state.depth, layer) for layer in layers]
-        hidden = self._blocks(self.core, hidden, state.context, slots)
+        # Evaluation has neither; the penalty, dropout off, has gradients.
+        if self._compiled is not None and cache is None and (self.training or torch.is_grad_enabled()):
+            for block in self.core:
+                hidden = self._compiled(block, hidden, state.context["mask"], state.context["rotary"])
+        else:
+            hidden = self._blocks(self.core, hidden, state.context, slots)
         return state.advance(self.final_norm(hidden) if self.config.loop_norm else hidden)
 
     def decode(self, state: LoopState, cache: LoopKVCache | None = None, num_logits: int | None = None) -> Tensor:
@@ -209,6 +215,19 @@ class LoopedTransformer(nn.Module):
             device=self.token_embedding.weight.device,
         )
 
+    def compile_core(self, backend: str = "inductor") -> None:
+        """Let training run the core blocks through ``torch.compile``, a block a graph, whatever the number of loops.
+
+        The number of graphs does not depend on the depths: one with gradient, one more each for the first loop of
+        truncated backpropagation, the loops before it, and the penalty. Weights keep their names. Evaluation,
+        generation and whatever has a cache run as before, and so do the products ``jvp`` and ``vjp``: compiled code
+        has neither a forward-mode nor a second derivative.
+
+        Args:
+            backend: One of ``torch.compiler.list_backends()``.
+        """
+        self._compiled = torch.compile(_run_block, backend=backend)
+
     def forward(self, inputs: Tensor, num_loops: int, attention_mask: Tensor | None = None) -> Tensor:
         """Return the logits ``(B, T, V)`` after ``num_loops`` steps."""
         ((_, state),) = unroll_at(self, self.embed(inputs, attention_mask), [num_loops])
@@ -218,6 +237,10 @@ class LoopedTransformer(nn.Module):
         for block, slot in zip(blocks, slots, strict=True):
             hidden = block(hidden, context["mask"], context["rotary"], slot)
         return hidden
+
+
+def _run_block(block: Block, hidden: Tensor, mask: Tensor | None, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    return block(hidden, mask, rotary)
 
 
 def _mask_and_positions(

@@ -17,13 +17,15 @@ from torch import Tensor
 
 from looplm.cache import LoopKVCache
 from looplm.checkpoints import load_model
+from looplm.compilation import check_backend, check_compiler
 from looplm.config import LoopedConfig
 from looplm.depth import LogNormalDepth
 from looplm.errors import InputError
+from looplm.flops import penalty_flops, training_flops
 from looplm.generation import generate, generate_at_depths, predictions_at_depths
 from looplm.loop import Hidden, LoopState, check_depths
 from looplm.model import LoopedTransformer
-from looplm.objective import STARSObjective
+from looplm.objective import ObjectiveOutput, STARSObjective
 from looplm.origin import pack_origin
 from looplm.parallel import choose_product, count_labels, shard_looped
 from looplm.randomness import StepKey
@@ -99,12 +101,14 @@ class LoopLM(L.LightningModule):
     Itself a :class:`~looplm.loop.LoopedModel`. Batches are dicts as made by
     :class:`~looplm.corpora.arithmetic.ArithmeticDataModule` and
     :class:`~looplm.corpora.mathematics.MathDataModule`. ``validation_step`` and ``test_step`` return what
-    :class:`~looplm.callbacks.depth_accuracy.DepthAccuracyCurve` reads.
+    :class:`~looplm.callbacks.depth_accuracy.DepthAccuracyCurve` reads. ``loops_per_batch`` and ``flops_per_batch`` are
+    those of the last training step, penalty included, which
+    :class:`~looplm.callbacks.throughput.ThroughputMeter` reads.
 
     Args:
         config: The architecture, or its fields as a dict. Only this goes into checkpoints as hyper-parameters.
         objective: The loss.
-        optimizer: Makes an optimiser of the parameters.
+        optimizer: Makes an optimiser of ``named_parameters()``: any of torch's takes names as well as not.
         lr_schedule: Learning rate by optimiser step.
         val_depths: Depths of the curve during training.
         test_depths: Depths of the curve in ``test``.
@@ -117,9 +121,20 @@ class LoopLM(L.LightningModule):
             own). The architecture is theirs, see :meth:`~looplm.config.LoopedConfig.for_weights`, but for ``dropout``;
             trained in float32 unless ``trainer.precision`` says otherwise. None: random weights.
 
+        compile_backend: Train with compiled core blocks, see
+            :meth:`~looplm.model.LoopedTransformer.compile_core`: ``inductor``, or another backend of ``torch.compile``.
+            The first steps take minutes. None: as PyTorch runs them.
+
     Raises:
         InputError: If ``init_from`` cannot be read or has another architecture.
         ValueError: If a list of depths is not increasing, or a number is out of its range.
+
+    Example:
+        >>> from looplm import FixedDepth, STARSObjective
+        >>> config = LoopedConfig(vocab_size=15, max_positions=16, width=16, num_heads=2, ffn_width=32)
+        >>> module = LoopLM(config, STARSObjective(depth_sampler=FixedDepth(4)), val_depths=[4, 64])
+        >>> module.config.width
+        16
     """
 
     def __init__(
@@ -136,8 +151,11 @@ class LoopLM(L.LightningModule):
         temperature: float = 0.0,
         seed: int = 0,
         init_from: str | None = None,
+        compile_backend: str | None = None,
     ) -> None:
         super().__init__()
+        if compile_backend is not None:
+            check_backend(compile_backend)
         if predict_depth < 0 or max_new_tokens < 1:
             raise ValueError(
                 f"`predict_depth` must be >= 0 and `max_new_tokens` >= 1, got {predict_depth} and {max_new_tokens}."
@@ -154,7 +172,8 @@ class LoopLM(L.LightningModule):
                 self.model = LoopedTransformer(config)
         else:
             self.model = _pretrained(config, init_from)
-        self.save_hyperparameters({"config": self.model.config.to_dict()})
+        # For checkpoints; the command line gives loggers the whole config.
+        self.save_hyperparameters({"config": self.model.config.to_dict()}, logger=False)
         self.objective = objective
         self.optimizer = optimizer
         self.lr_schedule = lr_schedule
@@ -165,6 +184,9 @@ class LoopLM(L.LightningModule):
         self.num_samples = num_samples
         self.temperature = temperature
         self.seed = seed
+        self.compile_backend = compile_backend
+        self.loops_per_batch = 0
+        self.flops_per_batch = 0
 
     @property
     def config(self) -> LoopedConfig:
@@ -203,11 +225,14 @@ class LoopLM(L.LightningModule):
             shard_looped(self, [*self.model.prelude, *self.model.coda], self._device_mesh)
 
     def on_fit_start(self) -> None:
-        """Choose the penalty's product for this strategy and precision, and say which.
+        """Choose the penalty's product for this strategy and precision, and say which; compile what is compiled.
 
         Raises:
-            InputError: If the config names a product that does not work there.
+            InputError: If the config names a product that does not work there, or there is no compiler.
         """
+        if self.compile_backend is not None:
+            check_compiler(self.compile_backend, self.device)
+            self.model.compile_core(self.compile_backend)
         if self.objective.penalty is not None:
             self.objective = replace(self.objective, penalty=choose_product(self.objective.penalty, self.trainer))
 
@@ -225,6 +250,7 @@ class LoopLM(L.LightningModule):
         # Dropout reads the global state; seeding it from the key makes resumed runs exact.
         torch.manual_seed(key.fold("dropout"))
         out = self.objective(self.model, batch, key, count_labels(batch["labels"], self.trainer))
+        self.loops_per_batch, self.flops_per_batch = out.depth, self._count_flops(batch["input_ids"], out)
         right = (out.logits.argmax(-1) == batch["labels"]) | (batch["labels"] == -100)
         exact_match = _share_all_right(right, batch.get("attention_mask"))
         shown: dict[str, Any] = {"loss": out.loss.detach(), "exact_match": exact_match}
@@ -236,6 +262,12 @@ class LoopLM(L.LightningModule):
         self.log_dict(shown, prog_bar=True, logger=False)  # short names fit into a line of a terminal
         self.log_dict({f"train/{name}": value for name, value in {**shown, **quiet}.items()})
         return out.loss
+
+    def _count_flops(self, inputs: Tensor, out: ObjectiveOutput) -> int:
+        flops = training_flops(self.config, *inputs.shape, out.depth, self.objective.backprop_loops)
+        if self.objective.penalty is None or out.penalty is None:
+            return flops
+        return flops + penalty_flops(self.config, *inputs.shape, self.objective.penalty)
 
     def _evaluate(self, batch: dict[str, Any], depths: list[int]) -> dict[str, Any]:
         preds = predictions_at_depths(self.model, batch["input_ids"], depths, batch.get("attention_mask"))
@@ -313,7 +345,7 @@ class LoopLM(L.LightningModule):
         Raises:
             InputError: If the run has no last step.
         """
-        optimizer = self.optimizer(self.parameters())
+        optimizer = self.optimizer(self.named_parameters())
         max_steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(max_steps) or max_steps < 1:
             raise InputError(

@@ -23,7 +23,18 @@ __all__ = ["ObjectiveOutput", "STARSObjective", "stability_term"]
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveOutput:
-    """What one training step computed; tensors are scalars unless a shape is given."""
+    """What one training step computed; tensors are scalars unless a shape is given.
+
+    Example:
+        >>> import torch
+        >>> from looplm import FixedDepth, LoopedConfig, LoopedTransformer
+        >>> model = LoopedTransformer(LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2, ffn_width=32))
+        >>> tokens = torch.zeros(2, 3, dtype=torch.long)
+        >>> objective = STARSObjective(depth_sampler=FixedDepth(4))
+        >>> output = objective(model, {"input_ids": tokens, "labels": tokens}, StepKey(seed=0, micro_batch=0))
+        >>> output.depth, output.penalty is None
+        (4, True)
+    """
 
     loss: Tensor
     """``(1 − λ)·cross_entropy + λ·penalty``."""
@@ -167,6 +178,14 @@ def stability_term(term: Penalty, model: LoopedModel, state: LoopState, previous
 
     Returns:
         The term, a scalar.
+
+    Example:
+        >>> import torch
+        >>> from looplm import JacobianPenalty, LoopedConfig, LoopedTransformer, unroll
+        >>> model = LoopedTransformer(LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2, ffn_width=32))
+        >>> before, last = list(unroll(model, model.embed(torch.zeros(2, 3, dtype=torch.long)), 3))[-2:]
+        >>> stability_term(JacobianPenalty(), model, last, before, StepKey(seed=0, micro_batch=0)).shape
+        torch.Size([])
     """
     mask = state.context.get("attention_mask")
     batch_size = _leaf(state).shape[0]

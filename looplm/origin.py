@@ -51,6 +51,10 @@ class Origin:
     Raises:
         InputError: If a file may not go along, or the fields are not plain data: they may come from anyone's
             checkpoint, and are written to disk.
+
+    Example:
+        >>> Origin(config={"model_type": "ouro"}, files={"tokenizer.json": b"{}"}).config["model_type"]
+        'ouro'
     """
 
     config: Mapping[str, Any]
@@ -78,7 +82,12 @@ class Origin:
 
 
 def pack_origin(origin: Origin | None) -> dict[str, Any]:
-    """Return what a checkpoint holds of where its model came from: nothing, or ``origin`` as plain data and tensors."""
+    """Return what a checkpoint holds of where its model came from: nothing, or ``origin`` as plain data and tensors.
+
+    Example:
+        >>> pack_origin(None)
+        {}
+    """
     if origin is None:
         return {}
     # Bytes as tensors: what a checkpoint holds must load without running code.
@@ -95,6 +104,10 @@ def unpack_origin(content: Mapping[str, Any]) -> Origin | None:
 
     Raises:
         InputError: If it is not what it must be.
+
+    Example:
+        >>> unpack_origin(pack_origin(Origin(config={"model_type": "ouro"}))).config
+        {'model_type': 'ouro'}
     """
     packed = content.get("origin")
     if packed is None:

@@ -62,6 +62,13 @@ def choose_product(penalty: Penalty, trainer: L.Trainer) -> Penalty:
 
     Raises:
         InputError: If the method does not work there, or none does.
+
+    Example:
+        >>> import lightning as L
+        >>> from looplm import JacobianPenalty
+        >>> trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+        >>> choose_product(JacobianPenalty(method="auto"), trainer).method
+        'finite_difference'
     """
     if penalty.method is None:
         return penalty
@@ -93,6 +100,13 @@ def count_labels(labels: Tensor, trainer: L.Trainer) -> Tensor | None:
 
     Gradients are averaged over ranks: a loss divided by this number is the mean over all tokens, as one process would
     have it, whichever rank holds how many.
+
+    Example:
+        >>> import lightning as L
+        >>> import torch
+        >>> trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+        >>> count_labels(torch.tensor([[-100, 5, 6]]), trainer) is None  # one rank
+        True
     """
     if trainer.world_size == 1:
         return None
@@ -118,13 +132,16 @@ def shard_looped(root: nn.Module, outer_blocks: Iterable[nn.Module], mesh: Devic
 
     Raises:
         InputError: If there is tensor parallelism, which the model has none of: ranks would train on unsynchronised.
+
+    Example:
+        >>> shard_looped(model, [*model.prelude, *model.coda], mesh)  # doctest: +SKIP
     """
     if isinstance(root, FSDPModule):  # a trainer may fit and then test
         return
     if mesh["tensor_parallel"].size() != 1:
         raise InputError(
             f"`tensor_parallel_size` must be 1, got {mesh['tensor_parallel'].size()}: use `data_parallel_size`, "
-            "or strategy looplm.sharding.ShardedStrategy, which sets both."
+            "or strategy looplm.ShardedStrategy, which sets both."
         )
     data_parallel = mesh["data_parallel"]
     for block in outer_blocks:

@@ -46,6 +46,10 @@ def hash_uint64(key: int, counters: np.ndarray) -> np.ndarray:
 
     Returns:
         uint64 of the same shape; element i depends on ``key`` and ``counters[i]`` alone.
+
+    Example:
+        >>> hash_uint64(7, np.arange(3, dtype=np.uint64)).dtype
+        dtype('uint64')
     """
     with np.errstate(over="ignore"):
         z = counters.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
@@ -63,6 +67,11 @@ class StepKey:
         micro_batch: Number of training batches before this one, over the whole run.
         optimizer_step: Number of optimiser steps before this one; schedules run in it.
         rank: The process's rank. Every draw but the depth depends on it.
+
+    Example:
+        >>> key = StepKey(seed=0, micro_batch=5)
+        >>> key.uniform("depth") == StepKey(seed=0, micro_batch=5).uniform("depth") != key.uniform("rows")
+        True
     """
 
     seed: int

@@ -78,7 +78,12 @@ class _BytesPlanner(_Planner):
 
 
 def is_sharded(path: Path) -> bool:
-    """Return whether a path is a sharded checkpoint: a folder with the file that is written last."""
+    """Return whether a path is a sharded checkpoint: a folder with the file that is written last.
+
+    Example:
+        >>> is_sharded(Path("no/such/folder"))
+        False
+    """
     return path.is_dir() and (path / _METADATA_FILENAME).is_file() and (path / ".metadata").is_file()
 
 
@@ -89,6 +94,15 @@ def read_sharded(path: Path) -> dict[str, Any]:
 
     Raises:
         InputError: If it is no sharded checkpoint, damaged, or holds what could run code.
+
+    Example:
+        >>> import tempfile
+        >>> import torch.distributed.checkpoint as dcp
+        >>> folder = Path(tempfile.mkdtemp()) / "last.ckpt"
+        >>> _ = dcp.save({"state_dict": {"weight": torch.ones(2)}}, checkpoint_id=folder, no_dist=True)
+        >>> torch.save({"global_step": 7}, folder / "meta.pt")
+        >>> read_sharded(folder)["state_dict"]
+        {'weight': tensor([1., 1.])}
     """
     if not is_sharded(path):
         raise InputError(
@@ -113,6 +127,10 @@ def check_sharded(path: Path) -> set[str]:
 
     Raises:
         InputError: If it is damaged or holds what could run code.
+
+    Example:
+        >>> check_sharded(Path("runs/stars/checkpoints/last.ckpt"))  # doctest: +SKIP
+        {'state_dict', 'optimizer_states', 'global_step'}
     """
     try:
         content = torch.load(path / _METADATA_FILENAME, weights_only=True)
@@ -126,7 +144,12 @@ def check_sharded(path: Path) -> set[str]:
 
 
 def first_failure(error: BaseException) -> str:
-    """Return in one line what went wrong; torch gathers the errors of all ranks in one, which is no ``Exception``."""
+    """Return in one line what went wrong; torch gathers the errors of all ranks in one, which is no ``Exception``.
+
+    Example:
+        >>> first_failure(OSError("disk full"))
+        'OSError: disk full'
+    """
     while isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -148,7 +171,16 @@ def _numbered(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def swap(draft: Path, path: Path) -> None:
-    """Put a complete ``draft``, folder or file, in the place of ``path``; :func:`recover` mends what a kill leaves."""
+    """Put a complete ``draft``, folder or file, in the place of ``path``; :func:`recover` mends what a kill leaves.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> _ = (folder / "old").write_text("old"), (folder / "new").write_text("new")
+        >>> swap(folder / "new", folder / "old")
+        >>> (folder / "old").read_text()
+        'new'
+    """
     old = _old(path)
     shutil.rmtree(old, ignore_errors=True)
     if path.is_file() and draft.is_dir():
@@ -160,7 +192,11 @@ def swap(draft: Path, path: Path) -> None:
 
 
 def recover(path: Path) -> None:
-    """Bring back the folder that a killed :func:`swap` had put aside."""
+    """Bring back the folder that a killed :func:`swap` had put aside.
+
+    Example:
+        >>> recover(Path("no/such/last.ckpt"))  # nothing was put aside: nothing to do
+    """
     if not os.path.lexists(path) and is_sharded(_old(path)):
         _old(path).rename(path)
 

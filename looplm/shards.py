@@ -39,6 +39,13 @@ class Shards:
     Raises:
         InputError: If the directory holds a pickle, no weights, or weights that no index names, or a file is missing,
             damaged or contradicts the index.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> write_shards(folder, {"weight": 8}, iter([("weight", torch.ones(2))]), max_shard_bytes=10**9)
+        >>> Shards(folder).read("weight")
+        tensor([1., 1.])
     """
 
     def __init__(self, folder: Path) -> None:
@@ -134,6 +141,9 @@ def check_shapes(
 
     Raises:
         InputError: Names what is missing, superfluous or of another shape.
+
+    Example:
+        >>> check_shapes("model", {"weight": (2, 3)}, {"weight": (2, 3)})
     """
     known = {**expected, **(optional or {})}
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - known.keys())
@@ -156,6 +166,14 @@ def write_shards(
         sizes: Bytes of each tensor, in the order in which they will come.
         tensors: Names and tensors; only one shard of them is held at a time.
         max_shard_bytes: Largest file, unless a single tensor is larger.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> tensors = iter([("a", torch.ones(2)), ("b", torch.ones(2))])
+        >>> write_shards(folder, {"a": 8, "b": 8}, tensors, max_shard_bytes=8)
+        >>> len(list(folder.glob("*.safetensors")))
+        2
     """
     shards: list[list[str]] = [[]]
     filled = 0

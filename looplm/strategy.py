@@ -29,6 +29,9 @@ class ShardedStrategy(ModelParallelStrategy):
         save_distributed_checkpoint: Every rank writes its shards into a folder, for models that one process cannot
             hold; ``python -m looplm consolidate`` makes one file of it. Otherwise rank zero writes one ordinary file.
         process_group_backend: ``nccl``, ``gloo``; None: what suits the device.
+
+    Example:
+        >>> trainer = L.Trainer(strategy=ShardedStrategy(), devices=8)  # doctest: +SKIP
     """
 
     def __init__(self, save_distributed_checkpoint: bool = False, process_group_backend: str | None = None) -> None:

@@ -49,6 +49,13 @@ def read_object(path: Path) -> dict[str, Any]:
 
     Raises:
         InputError: If there is no such file, or for what :func:`parse_object` refuses.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "config.json"
+        >>> _ = path.write_text('{"width": 16}')
+        >>> read_object(path)
+        {'width': 16}
     """
     try:
         content = path.read_bytes()
@@ -66,6 +73,10 @@ def parse_object(where: str, content: bytes) -> dict[str, Any]:
 
     Raises:
         InputError: If it is no JSON, no object, or nested too deeply.
+
+    Example:
+        >>> parse_object("config.json", b'{"width": 16}')
+        {'width': 16}
     """
     try:
         value = json.loads(content.decode("utf-8-sig"))

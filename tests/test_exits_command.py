@@ -72,3 +72,11 @@ def test_a_run_is_measured_and_drawn(write_config, tmp_path, capsys):
 def test_what_cannot_be_measured_is_refused(arguments, message, tmp_path, capsys):
     assert main(["exits", str(tmp_path / arguments[0]), *arguments[1:]]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_problems_of_several_widths_are_measured_together(write_config, tmp_path):
+    # Batches of four are not all as wide as the longest problem.
+    options = {"data__init_args__batch_size": 4, "data__init_args__min_digits": 1, "data__init_args__max_digits": 3}
+    root = tmp_path / "run"
+    assert main(["fit", "--config", str(write_config(trainer__default_root_dir=str(root), **options))]) == 0
+    assert main(["exits", str(root), "--num_loops", "2"]) == 0

@@ -1,7 +1,9 @@
+from typing import get_args
+
 import pytest
 import torch
 
-from looplm.config import LoopedConfig
+from looplm.config import LoopedConfig, NormPlacement
 from looplm.layers import Attention, Block, FeedForward, Norm, rotary_angles, rotate_half_split
 
 WIDTH, HEADS, LENGTH = 8, 4, 5
@@ -49,7 +51,7 @@ def test_rms_norm_in_half_precision_rounds_before_the_gain(dtype):
     assert not torch.equal(norm(x), once)  # what a fused kernel gives
 
 
-@pytest.mark.parametrize("placement", ["pre_norm", "post_norm", "sandwich_branch", "sandwich_dual"])
+@pytest.mark.parametrize("placement", get_args(NormPlacement))
 @pytest.mark.parametrize("norm_type", ["layer_norm", "rms_norm", "simple_norm"])
 def test_block_equals_the_papers_formula(placement, norm_type, x):
     block = randomised(Block(config(norm_placement=placement, norm_type=norm_type)))

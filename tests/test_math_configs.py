@@ -98,3 +98,17 @@ def test_an_evaluation_overlay_puts_its_corpus_in_the_place_of_the_tests(path: P
     assert {line.split(",")[0] for line in graded} == {path.stem}
     answers = (tmp_path / "run" / "test_answers.jsonl").read_text().splitlines()[1:]
     assert {json.loads(line)["final"] for line in answers} == {"0", "1", "2"}
+
+
+def test_predict_answers_questions_a_line_in_json(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    argv = _argv(CONF / "math.yaml", tmp_path)
+    assert main(["fit", *argv]) == 0
+    (tmp_path / "questions").write_text("Ann has 2 pens.\\nHow many?\n\n 1 and “1”? \n", encoding="utf-8")
+    capfd.readouterr()
+    assert main(["predict", *argv, f"--data.init_args.predict_file={tmp_path / 'questions'}"]) == 0
+    rows = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [row["question"] for row in rows] == ["Ann has 2 pens.\nHow many?", "1 and “1”?"]
+    assert all(isinstance(row["answer"], str) for row in rows)
+    (tmp_path / "questions").write_text("short?\n" + "long " * 200, encoding="utf-8")
+    assert main(["predict", *argv, f"--data.init_args.predict_file={tmp_path / 'questions'}"]) == 2
+    assert "questions, line 2: the prompt has" in capfd.readouterr().err

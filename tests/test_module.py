@@ -121,7 +121,7 @@ def test_prediction_does_not_depend_on_its_neighbours_in_the_batch(tmp_path: Pat
     def answers(batch_size: int) -> list[str]:
         data = _data(eval_batch_size=batch_size, predict_file=str(tmp_path / "problems"))
         data.setup("predict")
-        return [answer for batch in data.predict_dataloader() for answer in data.answers(module.predict_step(batch, 0))]
+        return data.predicted_lines(module.predict_step(batch, 0) for batch in data.predict_dataloader())
 
     assert answers(1) == answers(3)
 

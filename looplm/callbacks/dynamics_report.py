@@ -32,6 +32,12 @@ class DynamicsTable:
             of ``mean_gain`` over the draws of v, for these sequences.
         least: The smallest sequence's value.
         most: The largest sequence's value.
+
+    Example:
+        >>> batches = [{"residual": torch.tensor([[0.5, 0.25], [0.1, 0.3]])}]  # (depths, sequences)
+        >>> table = DynamicsTable.gather([1, 4], batches)
+        >>> {key: round(value, 3) for key, value in table.scalars("val").items()}
+        {'val/residual/depth_00001': 0.375, 'val/residual/depth_00004': 0.2}
     """
 
     depths: list[int]

@@ -62,6 +62,12 @@ def graded_summary(rows: Sequence[Mapping[str, Any]], *, confidence: float = 0.9
         ``source``, ``depth``, ``num_problems``; ``accuracy`` (mean over problems and samples) with ``low`` and
         ``high``; ``drop``: points of accuracy below the source's best depth; ``mean_tokens`` of an answer and the share
         ``unparsable``; with S > 1 samples ``majority`` and ``pass_at_k`` for k = 2, 4, … and S.
+
+    Example:
+        >>> row = {"source": "gsm8k", "depth": 4, "sample": 0, "num_tokens": 9}
+        >>> rows = [{**row, "index": 0, "verdict": "right"}, {**row, "index": 1, "verdict": "wrong"}]
+        >>> graded_summary(rows)[0]["accuracy"]
+        0.5
     """
     summary: list[dict[str, Any]] = []
     for source in dict.fromkeys(str(row["source"]) for row in rows):

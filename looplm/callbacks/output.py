@@ -34,7 +34,15 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows of equal keys as a CSV file, the keys as its head."""
+    """Write rows of equal keys as a CSV file, the keys as its head.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "table.csv"
+        >>> write_table(path, [{"depth": 1, "exact_match": 0.5}])
+        >>> path.read_text().split()
+        ['depth,exact_match', '1,0.5']
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -43,14 +51,30 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write_figure(path: Path, figure: Figure) -> None:
-    """Write a figure as a PNG file of 150 dots an inch."""
+    """Write a figure as a PNG file of 150 dots an inch.
+
+    Example:
+        >>> import tempfile
+        >>> from looplm.figures import depth_curves
+        >>> path = Path(tempfile.mkdtemp()) / "curve.png"
+        >>> write_figure(path, depth_curves({"run": ([0, 1], [0.0, 1.0])}))
+        >>> path.read_bytes()[1:4]
+        b'PNG'
+    """
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=150)
     replace_file(path, picture.getvalue())
 
 
 def show_figure(trainer: L.Trainer, key: str, figure: Figure) -> None:
-    """Give a figure to every logger that takes one, under ``key``, at the trainer's step."""
+    """Give a figure to every logger that takes one, under ``key``, at the trainer's step.
+
+    Example:
+        >>> from looplm.figures import depth_curves
+        >>> trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+        >>> figure = depth_curves({"run": ([0, 1], [0.0, 1.0])})
+        >>> show_figure(trainer, "val/curve", figure)  # no logger: nothing happens
+    """
     for logger in trainer.loggers:
         experiment: Any = getattr(logger, "experiment", None)
         if hasattr(experiment, "add_figure"):

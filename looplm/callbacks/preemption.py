@@ -27,6 +27,9 @@ class SaveOnSignal(L.Callback):
     which a run goes on bit for bit. After the requeue signal rank zero calls ``scontrol requeue``. Exit code 143.
 
     A signal that comes during validation waits for its end.
+
+    Example:
+        >>> trainer = L.Trainer(accelerator="cpu", callbacks=[SaveOnSignal()], logger=False)
     """
 
     def __init__(self) -> None:

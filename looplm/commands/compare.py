@@ -20,6 +20,7 @@ from looplm.commands.curves import (
     read_comparison,
     read_curve,
 )
+from looplm.commands.graded import read_graded, write_graded
 from looplm.commands.next_step import explore_line
 from looplm.commands.page import COLUMNS, make_pictures, render_page
 from looplm.commands.rows import is_rows_file, read_rows
@@ -49,6 +50,8 @@ def _shown_depths(curves: Sequence[Curve]) -> list[int]:
 def compare(runs: Sequence[Path], output: Path) -> Path:
     """Print the table of several runs and write the files of :func:`write_comparison`.
 
+    Run directories with graded answers get :func:`~looplm.commands.graded.write_graded` as well.
+
     Args:
         runs: Run directories, curves' CSV files, or files that hold many runs each: rows of ``sweep``, and the
             ``comparison.csv`` of an earlier ``compare``.
@@ -68,7 +71,11 @@ def compare(runs: Sequence[Path], output: Path) -> Path:
             curves += read_comparison(path)
         else:
             curves.append(read_curve(path))
-    return write_comparison(curves, output)
+    graded = [curve for path in runs if path.is_dir() for curve in read_graded(path)]
+    picture = write_comparison(curves, output)
+    if graded:
+        write_graded(graded, output)
+    return picture
 
 
 def write_comparison(curves: Sequence[Curve], output: Path) -> Path:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from looplm.callbacks.output import write_figure
 from looplm.checkpoints import load_checkpoint
@@ -166,7 +167,11 @@ def run(argv: Sequence[str]) -> int:
     batches = [
         data.training_batch(index, optimizer_step=2**40) for index in range(-(-data.num_test // data.batch_size))
     ]
-    train = {name: torch.cat([batch[name] for batch in batches]) for name in ("input_ids", "labels")}
+    # A batch is as wide as its longest problem.
+    train = {
+        name: pad_sequence([row for batch in batches for row in batch[name]], batch_first=True, padding_value=padding)
+        for name, padding in (("input_ids", data.end_id), ("labels", -100))
+    }
     test = data.held_out("test", data.num_test, data.min_digits, data.max_digits)
     sets = {"train": Problems.of(train, data.end_id), "test": Problems.of(test, data.end_id)}
     rings = [f"ring({k})" for k in (2, 4, 8) if k < args.num_loops]

@@ -26,7 +26,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 # The classes are imported so that configs can name them without their path.
 import looplm
-from looplm.callbacks import graded_answers, latent_dynamics, stability_warning  # noqa: F401
+import looplm.optimizers
+from looplm.callbacks import graded_answers, latent_dynamics, stability_warning, throughput  # noqa: F401
 from looplm.callbacks.depth_accuracy import DepthAccuracyCurve
 from looplm.callbacks.non_finite import NonFiniteGuard
 from looplm.callbacks.preemption import SaveOnSignal
@@ -34,6 +35,7 @@ from looplm.callbacks.progress_lines import ProgressLines
 from looplm.commands.messages import condense
 from looplm.commands.next_step import command_line
 from looplm.commands.processes import die_with_parent, lost_process
+from looplm.commands.settings import SaveSettings
 from looplm.corpora import bpe, mathematics, pretrained_tokenizer, text_tokenizer  # noqa: F401
 from looplm.corpora.arithmetic import ArithmeticDataModule
 from looplm.durable import DurableCheckpointIO
@@ -156,7 +158,9 @@ class LoopLMCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the trainer, with a TensorBoard logger in the run's directory unless the config names another."""
         if self._run_config.trainer.logger in (None, True):
-            kwargs["logger"] = TensorBoardLogger(self._run_config.trainer.default_root_dir, name="", version="")
+            root = self._run_config.trainer.default_root_dir
+            # Its own metric would be -1 in every run; SaveSettings names those that are measured.
+            kwargs["logger"] = TensorBoardLogger(root, name="", version="", default_hp_metric=False)
         trainer: Any = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = DurableCheckpointIO()
@@ -193,11 +197,8 @@ class LoopLMCLI(LightningCLI):
     def predict(self, **kwargs: Any) -> None:
         """Print one line a problem: the problem and the model's answer."""
         predictions: Any = self.trainer.predict(**kwargs) or []
-        if not isinstance(self.datamodule, ArithmeticDataModule):
-            raise InputError(f"`predict` needs an ArithmeticDataModule, got {type(self.datamodule).__name__}.")
-        answers = [answer for batch in predictions for answer in self.datamodule.answers(batch)]
-        for (a, op, b), answer in zip(self.datamodule.predict_problems, answers, strict=True):
-            os.write(1, f"{a}{op}{b}={answer}\n".encode())
+        for line in self.datamodule.predicted_lines(predictions):
+            os.write(1, f"{line}\n".encode())
 
     def after_fit(self) -> None:
         """Say where everything is and what to do next."""
@@ -312,6 +313,7 @@ def run(argv: Sequence[str]) -> LoopLMCLI:
             subclass_mode_data=True,
             seed_everything_default=0,
             auto_configure_optimizers=False,
+            save_config_callback=SaveSettings,
             save_config_kwargs={"overwrite": True},
             parser_class=_Parser,
             parser_kwargs={"allow_abbrev": False},

@@ -7,6 +7,7 @@ overlay.
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import os
 import signal
@@ -37,7 +38,7 @@ from looplm.commands.runs import (
 )
 from looplm.errors import InputError
 
-__all__ = ["make_parser", "run", "run_stamp"]
+__all__ = ["make_parser", "parse", "run", "run_stamp"]
 
 _EXAMPLES = """\
 Further options, such as --trainer.max_steps=100, go to every fit and test.
@@ -283,11 +284,21 @@ def make_parser() -> Parser:
     return parser
 
 
-def run(argv: Sequence[str]) -> int:
-    """Run the command; for its options see ``--help``."""
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the command's own arguments, and the options that go to every fit and test.
+
+    Raises:
+        InputError: If the arguments are wrong.
+    """
     args, options = make_parser().parse_known_args(argv)
     if args.jobs < 1:
         raise InputError(f"`--jobs` must be >= 1, got {args.jobs}.")
+    return args, options
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command; for its options see ``--help``."""
+    args, options = parse(argv)
     runs = expand_runs(args.configs, root=args.root, options=options, seeds=args.seeds, only=args.only)
     curves = {curve.name: curve for curve in _Sweep(runs, args.root, num_jobs=args.jobs, rows=args.rows).work()}
     write_comparison([curves[one.name] for one in runs], args.root / "compare")

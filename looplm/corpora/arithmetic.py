@@ -6,7 +6,7 @@ Knows the trainer (where the stream stands) but no model.
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from looplm.corpora.lines import input_lines, input_name
 from looplm.corpora.problems import (
     MAX_DIGITS,
     OPERATIONS,
@@ -43,7 +44,12 @@ _EVALUATION_SEED = 2026  # held-out sets are the same for every seed of training
 
 @dataclass(frozen=True, kw_only=True)
 class DigitStage:
-    """Digits of the training problems from an optimiser step on."""
+    """Digits of the training problems from an optimiser step on.
+
+    Example:
+        >>> stages = [DigitStage(start_step=start, min_digits=1, max_digits=most) for start, most in ((0, 1), (300, 3))]
+        >>> data = ArithmeticDataModule(min_digits=1, max_digits=3, digit_stages=stages)
+    """
 
     start_step: int
     """Optimiser step from which the stage is in force."""
@@ -250,9 +256,16 @@ class ArithmeticDataModule(L.LightningDataModule):
         if stage == "predict":
             self.predict_problems = self._read_predict_file()
 
-    def answers(self, continuations: Tensor) -> list[str]:
-        """Return the answers in generated ids ``(B, N)``, most significant digit first."""
-        return [self.encoder.form.read_answer(self.tokenizer.decode(row)) for row in continuations.tolist()]
+    def predicted_lines(self, continuations: Iterable[Tensor]) -> list[str]:
+        """Return what ``predict`` prints: a line a problem, the answer's most significant digit first.
+
+        Args:
+            continuations: Generated ids of each batch, ``(B, N)``.
+        """
+        rows = [row for batch in continuations for row in batch.tolist()]
+        answers = [self.encoder.form.read_answer(self.tokenizer.decode(row)) for row in rows]
+        problems = zip(self.predict_problems, answers, strict=True)
+        return [f"{a}{op}{b}={answer}" for (a, op, b), answer in problems]
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return the endless training stream, from where the trainer stands."""
@@ -336,10 +349,8 @@ class ArithmeticDataModule(L.LightningDataModule):
         return self.encoder.form.write(a, op, b, 0)[0]
 
     def _read_predict_file(self) -> list[tuple[int, str, int]]:
-        is_stdin = self.predict_file == "-"
-        source = "standard input" if is_stdin else self.predict_file
-        problems = []
-        for number, line in enumerate(sys.stdin if is_stdin else _lines(self.predict_file), start=1):
+        source, problems = input_name(self.predict_file), []
+        for number, line in enumerate(input_lines(self.predict_file), start=1):
             if not line.strip():
                 continue
             try:
@@ -365,16 +376,9 @@ def _num_digits(problems: Problems) -> int:
     return len(str(int(max(problems.a.max(), problems.b.max()))))
 
 
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}.") from error
-
-
 def _read_test_file(path: str, operations: tuple[str, ...]) -> Problems:
     rows = []
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(input_lines(path), start=1):
         try:
             row = json.loads(line)
             a, op, b, answer = (row[name] for name in ("a", "op", "b", "answer"))

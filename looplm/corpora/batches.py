@@ -14,7 +14,13 @@ __all__ = ["Example", "packed_batch", "padded_batch", "padded_prompts"]
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A row of tokens and where its labels begin."""
+    """A row of tokens and where its labels begin.
+
+    Example:
+        >>> example = Example(np.array([5, 6, 7, 2]), num_prompt=2)  # two tokens of a question, two of a solution
+        >>> padded_batch([example], pad_id=0)["labels"].tolist()
+        [[-100, 7, 2]]
+    """
 
     ids: np.ndarray
     """Prompt, solution, end mark, int32 ``(T,)``."""
@@ -33,6 +39,11 @@ def padded_batch(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
 
     Returns:
         ``input_ids`` and ``labels`` int64 ``(B, T)``, −100 at prompt and padding; ``attention_mask`` bool ``(B, T)``.
+
+    Example:
+        >>> rows = [Example(np.array([5, 6, 2]), num_prompt=1), Example(np.array([5, 2]), num_prompt=1)]
+        >>> padded_batch(rows, pad_id=0)["input_ids"].tolist()
+        [[5, 6], [5, 0]]
     """
     length = max(max(len(example.ids) for example in examples) - 1, 1)
     tokens, labels, mask = _empty(len(examples), length, pad_id)
@@ -52,6 +63,11 @@ def packed_batch(rows: Sequence[Sequence[Example]], length: int, pad_id: int) ->
     Returns:
         ``input_ids`` and ``labels`` int64 ``(B, T)``; ``attention_mask`` int64 ``(B, T)``: the number of the example
         in its row, from 1, 0 at padding. T is less than ``length`` where no row is that long.
+
+    Example:
+        >>> rows = [[Example(np.array([5, 6, 2]), num_prompt=1), Example(np.array([5, 2]), num_prompt=1)]]
+        >>> packed_batch(rows, length=3, pad_id=0)["input_ids"].tolist()  # an end mark is no input
+        [[5, 6, 5]]
     """
     longest = max(sum(max(len(example.ids) - 1, 0) for example in row) for row in rows)
     tokens, labels, mask = _empty(len(rows), max(min(length, longest), 1), pad_id)
@@ -63,7 +79,13 @@ def packed_batch(rows: Sequence[Sequence[Example]], length: int, pad_id: int) ->
 
 
 def padded_prompts(prompts: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Return prompts padded on the left, as generation reads them: ids int64 and mask bool, both ``(B, P)``."""
+    """Return prompts padded on the left, as generation reads them: ids int64 and mask bool, both ``(B, P)``.
+
+    Example:
+        >>> ids, mask = padded_prompts([np.array([5, 6]), np.array([7])], pad_id=0)
+        >>> ids.tolist(), mask.int().tolist()
+        ([[5, 6], [0, 7]], [[1, 1], [0, 1]])
+    """
     length = max(map(len, prompts))
     tokens, mask = np.full((len(prompts), length), pad_id, dtype=np.int64), np.zeros((len(prompts), length), dtype=bool)
     for row, prompt in enumerate(prompts):

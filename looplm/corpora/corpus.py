@@ -34,6 +34,9 @@ class RowPolicy:
 
     Raises:
         ValueError: If a value is not allowed.
+
+    Example:
+        >>> policy = RowPolicy(max_tokens=512, overlong="truncate", bad_rows="skip")
     """
 
     max_tokens: int
@@ -63,14 +66,24 @@ class RowPolicy:
 
 
 def describe_fault(source: Source, row: str, fault: int, part: int) -> str:
-    """Return the error of a faulty row."""
+    """Return the error of a faulty row.
+
+    Example:
+        >>> describe_fault(Source(path="rows.jsonl"), "row 3", Fault.EMPTY, 0)
+        "rows.jsonl, row 3, column 'question': empty; `bad_rows: skip` leaves such rows out."
+    """
     column = source.columns.get(PARTS[part], PARTS[part])
     where = "" if fault == Fault.MALFORMED else f", column {column!r}"
     return f"{source.path}, {row}{where}: {_FAULTS[Fault(fault)]}; `bad_rows: skip` leaves such rows out."
 
 
 def describe_length(source: Source, row: str, length: int, max_tokens: int) -> str:
-    """Return the error of a row that is too long."""
+    """Return the error of a row that is too long.
+
+    Example:
+        >>> describe_length(Source(path="rows.jsonl"), "row 3", 600, 512)  # doctest: +ELLIPSIS
+        '...600...512...'
+    """
     return (
         f"{source.path}, {row}: {length} tokens are more than `max_tokens` {max_tokens}; `overlong` may be drop or "
         "truncate."
@@ -107,6 +120,19 @@ class Corpus:
 
     Raises:
         InputError: If a row is refused, or none is left.
+
+    Example:
+        >>> import json, tempfile
+        >>> from pathlib import Path
+        >>> from looplm.corpora.templates import SolutionText
+        >>> from looplm.corpora.text_tokenizer import ByteTokenizer
+        >>> from looplm.corpora.token_table import RowEncoder, token_table
+        >>> path = Path(tempfile.mkdtemp()) / "rows.jsonl"
+        >>> _ = path.write_text(json.dumps({"question": "1+1?", "answer": "2"}))
+        >>> source, text = Source(path=str(path)), SolutionText("{question} ", "{answer}", None)
+        >>> table = token_table(source, RowEncoder(text, ByteTokenizer()), path.parent, skip_malformed=False)
+        >>> Corpus(source, table, RowPolicy(max_tokens=64)).report()
+        'rows: 1 of 1 rows'
     """
 
     def __init__(self, source: Source, table: TokenTable, policy: RowPolicy) -> None:

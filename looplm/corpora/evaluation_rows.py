@@ -67,6 +67,14 @@ def evaluation_batch(rows: list[dict[str, Any]], pad_id: int, extra: dict[str, A
         rows: B rows.
         pad_id: Id of padding.
         extra: What all batches of the set have in common.
+
+    Example:
+        >>> import numpy as np
+        >>> from looplm.corpora.batches import Example
+        >>> example = Example(np.array([5, 6, 2]), num_prompt=2)
+        >>> row = {"prompt": np.array([5, 6]), "example": example, "index": 0, "final": "6", "answer": "It is 6."}
+        >>> evaluation_batch([row], pad_id=0, extra={"source": "gsm8k"})["prompt_ids"].tolist()
+        [[5, 6]]
     """
     prompt_ids, prompt_mask = padded_prompts([row["prompt"] for row in rows], pad_id)
     return {

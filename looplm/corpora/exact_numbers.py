@@ -63,6 +63,10 @@ class ExactNumber:
     Attributes:
         face: The number as it stands.
         scale: 1/100 for a percent sign, 10⁶ for ``million``, else 1.
+
+    Example:
+        >>> ExactNumber(Fraction(3, 2), Fraction(1, 100))  # 1.5 %
+        ExactNumber(face=Fraction(3, 2), scale=Fraction(1, 100))
     """
 
     face: Fraction

@@ -54,6 +54,10 @@ class Extraction:
     Attributes:
         text: The answer as it was written.
         rule: What it was found by.
+
+    Example:
+        >>> Extraction("42", "marker").text
+        '42'
     """
 
     text: str

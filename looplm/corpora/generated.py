@@ -43,6 +43,9 @@ def generated_file(path: str) -> Path:
 
     Raises:
         InputError: If an option is unknown or out of its range.
+
+    Example:
+        >>> generated_file("word_problems?num_rows=4&max_steps=1").name  # doctest: +SKIP
     """
     options = {**_DEFAULTS, **_options(path)}
     # Other code makes other problems.

@@ -37,6 +37,10 @@ class Grade:
         answer: The answer as written; empty if none was found.
         means: What decided: ``number``, ``text``, ``latex`` (SymPy), ``limit`` (it wanted more than its bounds); None:
             nothing was found.
+
+    Example:
+        >>> grade("The answer is 1/2.", "0.5").is_right
+        True
     """
 
     verdict: Verdict

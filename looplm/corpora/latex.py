@@ -63,7 +63,12 @@ def words_of(text: str) -> str | None:
 
 
 def based_number(text: str) -> tuple[str, str] | None:
-    """Return digits and base of a number such as ``52_8``; None for anything else."""
+    """Return digits and base of a number such as ``52_8``; None for anything else.
+
+    Example:
+        >>> based_number("52_8"), based_number("52")
+        (('52', '8'), None)
+    """
     match = _BASED.fullmatch(canonical(text))
     return None if match is None else (match[1], match[2])
 
@@ -76,6 +81,10 @@ class Parts:
         opening: The bracket around it, ``(``, ``[`` or ``{``; empty if there is none.
         closing: The bracket that ends it.
         items: What the commas part, at least one.
+
+    Example:
+        >>> Parts("(", ")", ("1", "2")).is_ordered
+        True
     """
 
     opening: str

@@ -5,8 +5,9 @@ Knows the trainer (where the stream stands) but no model, and nothing of grading
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator
+from functools import cached_property, partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from looplm.corpora.batches import Example, packed_batch, padded_batch
 from looplm.corpora.corpus import BadRows, Corpus, Overlong, RowPolicy
 from looplm.corpora.evaluation_rows import EvaluationRows, evaluation_batch
 from looplm.corpora.learnt_tokenizer import learn_once
+from looplm.corpora.questions import answered_line, prompt_batch, read_questions
 from looplm.corpora.rows import check_rows
 from looplm.corpora.sources import Source, content_key, load_rows
+from looplm.corpora.splits import Splits
 from looplm.corpora.stream import TrainingStream, trained_batches
 from looplm.corpora.streamed import StreamedOrder
 from looplm.corpora.templates import SolutionText
@@ -30,11 +33,9 @@ from looplm.corpora.text_tokenizer import ByteTokenizer, TextTokenizer
 from looplm.corpora.token_table import RowEncoder, TokenTable, plain_hash, prompts_that_change, token_table
 from looplm.corpora.training_order import Batching, TrainingOrder
 from looplm.errors import InputError
-from looplm.randomness import fold, hash_uint64
 
 __all__ = ["MathDataModule"]
 
-_HELD_OUT_SEED = 2026  # the same rows for every seed of training
 _CHECKED_PROMPTS = 64
 
 
@@ -78,12 +79,17 @@ class MathDataModule(L.LightningDataModule):
         streaming: Whether training rows are read and encoded as they come, for corpora larger than the disk; a resumed
             run reads again what it had read. Needs ``val``.
         shuffle_buffer: In streaming, rows among which the next is drawn; None: 10,000.
+        predict_file: Questions to answer, one a line, for ``predict``; ``-``: standard input.
         max_positions: What the model can take, where that is more than ``max_tokens``; None: ``max_tokens``.
         cache_dir: Where tokens are kept; None: ``looplm`` in the cache of ``datasets``.
         seed: Seed of the training stream.
 
     Raises:
         ValueError: If a value is outside its range or has no effect.
+
+    Example:
+        >>> numina = Source(path="AI-MO/NuminaMath-1.5", question="problem", answer="solution")
+        >>> data = MathDataModule(train=[numina], template="{question} ", max_tokens=512)
     """
 
     def __init__(
@@ -106,6 +112,7 @@ class MathDataModule(L.LightningDataModule):
         num_test: int | None = None,
         streaming: bool = False,
         shuffle_buffer: int | None = None,
+        predict_file: str = "-",
         max_positions: int | None = None,
         cache_dir: str | None = None,
         seed: int = 0,
@@ -149,10 +156,10 @@ class MathDataModule(L.LightningDataModule):
         self.streaming, self.shuffle_buffer = streaming, 10_000 if shuffle_buffer is None else shuffle_buffer
         self.max_positions = max_tokens if max_positions is None else max_positions
         self.seed = seed
+        self.predict_file, self.predict_questions = predict_file, list[str]()
         self._given_cache_dir = cache_dir
         tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
         self._given_tokenizer, self._ready_tokenizer = tokenizer, None if tokenizer.learns else tokenizer
-        self._made: dict[str, Any] = {}
 
     # What everything else is made of; each is made when it is first asked for, since a model's shape may ask early.
 
@@ -179,12 +186,10 @@ class MathDataModule(L.LightningDataModule):
             self._ready_tokenizer = self._given_tokenizer
         return self._ready_tokenizer
 
-    @property
+    @cached_property
     def encoder(self) -> RowEncoder:
         """Encodes rows and prompts."""
-        if "encoder" not in self._made:
-            self._made["encoder"] = RowEncoder(self.text, self.tokenizer)
-        return self._made["encoder"]
+        return RowEncoder(self.text, self.tokenizer)
 
     @property
     def vocab_size(self) -> int:
@@ -204,60 +209,15 @@ class MathDataModule(L.LightningDataModule):
         skip = self.policy.bad_rows == "skip"
         return token_table(source, self.encoder, self.cache_dir, skip_malformed=skip)
 
-    def corpora(self, split: str) -> list[Corpus]:
-        """Return the corpora of ``train``, ``val`` or ``test``, tokenised.
+    @cached_property
+    def splits(self) -> Splits:
+        """The corpora of each split, tokenised."""
+        return Splits(self.sources, self._table, self.policy, self.num_val)
 
-        Raises:
-            InputError: If one cannot be read or has no row that can be used.
-        """
-        if split not in self._made:
-            self._made.update(self._make_corpora(split))
-        return self._made[split]
-
-    def _make_corpora(self, split: str) -> dict[str, list[Corpus]]:
-        sources = self.sources[split]
-        if split == "test":
-            # A test set keeps every row: a solution that does not fit takes nothing away from the question.
-            policy = RowPolicy(max_tokens=self.policy.max_tokens, overlong="truncate", bad_rows=self.policy.bad_rows)
-            return {"test": [Corpus(source, self._table(source), policy) for source in sources]}
-        if split == "val" and not sources:
-            return {"val": self._train_and_val()[1]}
-        if split == "train":
-            return {"train": self._train_and_val()[0]}
-        return {split: [Corpus(source, self._table(source), self.policy) for source in sources]}
-
-    def _train_and_val(self) -> tuple[list[Corpus], list[Corpus]]:
-        """Return the corpora of training without what is held out, and of validation where that is taken from them."""
-        if "train_and_val" not in self._made:
-            train = [Corpus(source, self._table(source), self.policy) for source in self.sources["train"]]
-            kept_out = self._held_out_keys()
-            for corpus in train:
-                corpus.leave_out(kept_out, "in a held-out set")
-            val: list[Corpus] = []
-            if not self.sources["val"]:
-                keys = _least_hashed(np.concatenate([corpus.keys for corpus in train]), self.num_val)
-                for corpus in train:
-                    part = corpus.held_out(keys)
-                    if part is not None:
-                        val.append(part)
-                    corpus.leave_out(keys, "held out for validation")
-            self._made["train_and_val"] = train, val
-        return self._made["train_and_val"]
-
-    def _held_out_keys(self) -> np.ndarray:
-        """Return the keys of the questions of all validation and test sources."""
-        splits = [split for split in ("val", "test") if self.sources[split]]
-        keys = [self._table(source).key for split in splits for source in self.sources[split]]
-        return np.unique(np.concatenate(keys)) if keys else np.zeros(0, dtype=np.int64)
-
-    @property
+    @cached_property
     def order(self) -> TrainingOrder:
         """The order of training, where it is not streamed."""
-        if "order" not in self._made:
-            self._made["order"] = TrainingOrder(
-                self.corpora("train"), self.batching, self.batch_size, self.row_tokens, self.seed
-            )
-        return self._made["order"]
+        return TrainingOrder(self.splits.train, self.batching, self.batch_size, self.row_tokens, self.seed)
 
     def training_batch(self, micro_batch: int, *, rank: int = 0, world_size: int = 1) -> dict[str, Tensor]:
         """Return one batch of the training stream; shapes as in the class.
@@ -291,11 +251,14 @@ class MathDataModule(L.LightningDataModule):
         Raises:
             InputError: If a source cannot be read, or a row is refused.
         """
+        if stage == "predict":
+            self.predict_questions = read_questions(self.predict_file, self.encoder, self.max_positions)
+            return
         splits = {"fit": ["train", "val"], "validate": ["val"]}.get(stage, ["test" if self.sources["test"] else "val"])
         for split in splits:
             if split == "train" and self.streaming:
                 continue
-            for corpus in self.corpora(split):
+            for corpus in self._corpora(split):
                 rank_zero_info(f"{split} {corpus.report()}")
         if stage == "fit" and not self.streaming:
             rank_zero_info(f"an epoch has {self.order.rows_per_epoch} rows ({self.batching})")
@@ -334,7 +297,7 @@ class MathDataModule(L.LightningDataModule):
             self.encoder,
             self.policy,
             self.cache_dir,
-            held_out=self._held_out_keys(),
+            held_out=self.splits.held_out_keys,
             batching=self.batching,
             batch_size=self.batch_size,
             row_tokens=self.row_tokens,
@@ -354,8 +317,27 @@ class MathDataModule(L.LightningDataModule):
         """Return the test sets, one a source; the validation sets where there are none."""
         return self._loaders("test", self.num_test) if self.sources["test"] else self.val_dataloader()
 
+    def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Return the prompts of ``predict_file``, padded on the left."""
+        collate = partial(prompt_batch, encoder=self.encoder, pad_id=self.tokenizer.pad_id)
+        return DataLoader(self.predict_questions, batch_size=self.eval_batch_size, collate_fn=collate)
+
+    def predicted_lines(self, continuations: Iterable[Tensor]) -> list[str]:
+        """Return what ``predict`` prints: a JSON object a question with ``question`` and ``answer``.
+
+        Args:
+            continuations: Generated ids of each batch, ``(B, N)``.
+        """
+        rows = [row for batch in continuations for row in batch.tolist()]
+        answers = [self.tokenizer.decode(list(takewhile(lambda token: token != self.end_id, row))) for row in rows]
+        return [answered_line(*pair) for pair in zip(self.predict_questions, answers, strict=True)]
+
+    def _corpora(self, split: str) -> list[Corpus]:
+        corpora: list[Corpus] = getattr(self.splits, split)
+        return corpora
+
     def _loaders(self, split: str, limit: int | None) -> list[DataLoader[dict[str, Any]]]:
-        corpora = self.corpora(split)
+        corpora = self._corpora(split)
         return [
             DataLoader(
                 EvaluationRows(corpus, self._load(corpus.source), self.encoder, limit),
@@ -375,8 +357,8 @@ class MathDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: the tokenizer's files, as tensors of bytes, and what decides the stream."""
-        files = {name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in self._files().items()}
-        return {"tokenizer_files": files, "stream": self._stream_key()}
+        files = {name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in self._files.items()}
+        return {"tokenizer_files": files, "stream": self._stream_key}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Compare with a checkpoint's.
@@ -385,32 +367,30 @@ class MathDataModule(L.LightningDataModule):
             InputError: If its tokenizer is another: the ids would mean something else.
         """
         saved = {name: bytes(data.numpy().tobytes()) for name, data in state_dict["tokenizer_files"].items()}
-        if saved.get("tokenizer.json") != self._files().get("tokenizer.json"):
+        if saved.get("tokenizer.json") != self._files.get("tokenizer.json"):
             raise InputError(
                 "the checkpoint was trained with another tokenizer than `data.tokenizer` is, or than it learns from "
                 "these training sources."
             )
         trainer = self.trainer
-        if trainer is not None and trainer.training and state_dict["stream"] != self._stream_key():
+        if trainer is not None and trainer.training and state_dict["stream"] != self._stream_key:
             rank_zero_warn("the training data or their order differ from the checkpoint's: the resume is not exact.")
 
+    @cached_property
     def _files(self) -> dict[str, bytes]:
-        if "files" not in self._made:
-            self._made["files"] = {name: data for name, data in self.tokenizer.files().items() if data}
-        return self._made["files"]
+        return {name: data for name, data in self.tokenizer.files().items() if data}
 
+    @cached_property
     def _stream_key(self) -> str:
-        """Return a hash of what decides the training stream."""
-        if "stream_key" not in self._made:
-            sources = [
-                [content_key(s, thorough=not self.streaming), s.path, s.split, s.columns, s.weight, s.revision]
-                for s in self.sources["train"]
-            ]
-            held_out = [int(key) for key in self._held_out_keys()] if not self.streaming else []
-            policy = [self.policy.max_tokens, self.policy.overlong, self.policy.bad_rows, self.num_val]
-            order = [self.batching, self.row_tokens, self.batch_size, self.shuffle_buffer, self.seed]
-            self._made["stream_key"] = plain_hash(sources, held_out, policy, order, self.encoder.settings())
-        return self._made["stream_key"]
+        """A hash of what decides the training stream."""
+        sources = [
+            [content_key(s, thorough=not self.streaming), s.path, s.split, s.columns, s.weight, s.revision]
+            for s in self.sources["train"]
+        ]
+        held_out = [int(key) for key in self.splits.held_out_keys] if not self.streaming else []
+        policy = [self.policy.max_tokens, self.policy.overlong, self.policy.bad_rows, self.num_val]
+        order = [self.batching, self.row_tokens, self.batch_size, self.shuffle_buffer, self.seed]
+        return plain_hash(sources, held_out, policy, order, self.encoder.settings())
 
 
 class _StreamedBatches(IterableDataset[dict[str, Tensor]]):
@@ -419,9 +399,3 @@ class _StreamedBatches(IterableDataset[dict[str, Tensor]]):
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return self.data.streamed_batches(self.position(), self.rank, self.world_size)
-
-
-def _least_hashed(keys: np.ndarray, number: int) -> np.ndarray:
-    """Return that many of the keys, those with the least hashes: a draw that other rows in the corpus do not change."""
-    keys = np.unique(keys)
-    return keys[np.argsort(hash_uint64(fold(_HELD_OUT_SEED, "val"), keys), kind="stable")[:number]]

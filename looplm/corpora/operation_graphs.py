@@ -41,6 +41,10 @@ class Step:
         operation: ``+``, ``-``, ``*`` or ``/``.
         left: Node of the left operand.
         right: Node of the right operand.
+
+    Example:
+        >>> Step("+", 0, 1).operation
+        '+'
     """
 
     operation: str

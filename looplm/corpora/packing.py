@@ -58,6 +58,11 @@ class Packing:
         capacity: Tokens of a row.
         seed: Decides which of equally long documents go where.
         source: Number of the source, so that several have independent orders.
+
+    Example:
+        >>> packing = Packing(np.array([3, 5, 4, 2]), capacity=8, seed=0)
+        >>> sorted(np.concatenate([packing.documents(row, epoch=0) for row in range(2)]).tolist())
+        [0, 1, 2, 3]
     """
 
     def __init__(self, lengths: np.ndarray, capacity: int, seed: int, source: int = 0) -> None:

@@ -32,6 +32,9 @@ class PretrainedTokenizer(TextTokenizer):
 
     Raises:
         InputError: If ``transformers`` is not installed, the tokenizer cannot be read, has no offsets or no end mark.
+
+    Example:
+        >>> tokenizer = PretrainedTokenizer("ByteDance/Ouro-1.4B")  # doctest: +SKIP
     """
 
     def __init__(

@@ -32,6 +32,10 @@ class Problems:
         a: First operands, int64 ``(N,)``.
         operation: Indices into :data:`OPERATIONS`, int64 ``(N,)``.
         b: Second operands, int64 ``(N,)``.
+
+    Example:
+        >>> Problems(np.array([12]), np.array([0]), np.array([34])).answers.tolist()  # operation 0 is addition
+        [46]
     """
 
     a: np.ndarray
@@ -56,6 +60,11 @@ def split_of(problems: Problems) -> np.ndarray:
 
     The bucket is a hash of the problem alone, so the splits are disjoint whatever the seed; ``a+b`` and ``b+a`` (and
     ``a×b``, ``b×a``) share one.
+
+    Example:
+        >>> problems = Problems(np.array([12, 13]), np.array([0, 0]), np.array([34, 34]))
+        >>> split_of(problems).shape
+        (2,)
     """
     ordered = problems.operation == OPERATIONS.index("-")
     first = np.where(ordered, problems.a, np.minimum(problems.a, problems.b))
@@ -94,6 +103,11 @@ def draw_problems(
 
     Returns:
         N problems.
+
+    Example:
+        >>> drawn = draw_problems(0, np.arange(4), operations=("+",), min_digits=2, max_digits=2, split="train")
+        >>> bool((split_of(drawn) >= 2).all())
+        True
     """
     codes = np.array([OPERATIONS.index(operation) for operation in operations])
     a, operation, b = (np.zeros(len(indices), dtype=np.int64) for _ in range(3))
@@ -121,6 +135,10 @@ def parse_problem(text: str) -> tuple[int, str, int]:
 
     Raises:
         ValueError: If the text is none.
+
+    Example:
+        >>> parse_problem(" 12 + 34 = ")
+        (12, '+', 34)
     """
     match = _PROBLEM.fullmatch(text)
     if match is None:

@@ -22,7 +22,12 @@ PARTS = ("question", "answer", "final")
 
 
 class Fault(IntEnum):
-    """Why a row cannot be used."""
+    """Why a row cannot be used.
+
+    Example:
+        >>> Fault(0).name  # a row that can be used
+        'NONE'
+    """
 
     NONE = 0
     EMPTY = 1
@@ -37,7 +42,13 @@ class Fault(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """N rows of texts; those of a faulty row are empty."""
+    """N rows of texts; those of a faulty row are empty.
+
+    Example:
+        >>> rows = check_rows(Source(path="rows.jsonl"), {"question": ["1+1?", " "], "answer": ["2", "3"]})
+        >>> rows.question, rows.fault.tolist()
+        (['1+1?', ''], [0, 1])
+    """
 
     question: list[str]
     answer: list[str]
@@ -56,6 +67,10 @@ def check_rows(source: Source, batch: Mapping[str, list[Any]]) -> Rows:
     Args:
         source: Says which columns they are in.
         batch: The columns, lists of N values.
+
+    Example:
+        >>> check_rows(Source(path="rows.jsonl"), {"question": ["1+1?"], "answer": [2]}).fault.tolist()
+        [2]
     """
     columns = source.columns
     number = len(next(iter(batch.values())))
@@ -106,6 +121,11 @@ def _joined(pattern: str, names: list[str], read: list[list[Any]]) -> list[Any]:
 
 
 def question_key(question: str) -> int:
-    """Return 63 bits of a question; the same for questions that differ in white space and letter case alone."""
+    """Return 63 bits of a question; the same for questions that differ in white space and letter case alone.
+
+    Example:
+        >>> question_key("What is  1+1?") == question_key("what is 1+1?")
+        True
+    """
     text = " ".join(question.casefold().split())
     return int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest(), "big") >> 1

@@ -38,6 +38,11 @@ class Source:
 
     Raises:
         ValueError: If a value is outside its range or has no effect.
+
+    Example:
+        >>> source = Source(path="openai/gsm8k", subset="main", split="test", weight=2.0)
+        >>> source.label, source.is_file
+        ('gsm8k', False)
     """
 
     path: str
@@ -113,6 +118,10 @@ def content_key(source: Source, thorough: bool = True) -> str | None:
     Args:
         source: The source.
         thorough: Read the files; else their names, sizes and times stand for them.
+
+    Example:
+        >>> content_key(Source(path="openai/gsm8k")) is None  # the hub's revision tells
+        True
     """
     root = source.root
     if not root.exists():
@@ -150,6 +159,14 @@ def load_rows(source: Source, cache_dir: Path, *, skip_malformed: bool = False, 
 
     Raises:
         InputError: If it cannot be read, is empty, or lacks a column.
+
+    Example:
+        >>> import json, tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "rows.jsonl"
+        >>> _ = path.write_text(json.dumps({"question": "1+1?", "answer": "2"}))
+        >>> rows = load_rows(Source(path=str(path)), path.parent)
+        >>> list(read_batches(Source(path=str(path)), rows, 8))[0]["answer"]
+        ['2']
     """
     import datasets
 
@@ -232,6 +249,9 @@ def read_batches(source: Source, rows: Any, size: int) -> Iterator[dict[str, lis
 
     Raises:
         InputError: If the file breaks off or is not what it seemed to be.
+
+    Example:
+        >>> batches = read_batches(Source(path="openai/gsm8k"), [], 8)  # lazy
     """
     names = [*source.needed, *([MALFORMED] if MALFORMED in (rows.column_names or ()) else [])]
     try:

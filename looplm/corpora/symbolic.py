@@ -38,6 +38,9 @@ def check_math_verify() -> None:
 
     Raises:
         InputError: If math-verify is not installed.
+
+    Example:
+        >>> check_math_verify()
     """
     if not _MATH_VERIFY:
         raise InputError("grading LaTeX answers needs math-verify: pip install 'looplm[math]'.")

@@ -28,7 +28,12 @@ def placeholders(pattern: str) -> list[str]:
 
 
 def filled(pattern: str, values: dict[str, str]) -> str:
-    """Put values in the places of their names, in one pass: braces in a value stay what they are."""
+    """Put values in the places of their names, in one pass: braces in a value stay what they are.
+
+    Example:
+        >>> filled("Q: {question}", {"question": "What is {x}?"})
+        'Q: What is {x}?'
+    """
     return _PLACE.sub(lambda match: values.get(match[1], match[0]), pattern)
 
 
@@ -43,6 +48,11 @@ class SolutionText:
 
     Raises:
         ValueError: If a template lacks its place, or an option has no effect.
+
+    Example:
+        >>> text = SolutionText("Q: {question} A: ", "{answer}", None)
+        >>> text.plain_prompts(["1+1?"])
+        ['Q: 1+1? A: ']
     """
 
     def __init__(self, template: str, solution: str, system_prompt: str | None) -> None:

@@ -36,7 +36,14 @@ class Encoded(Protocol):
 
 
 class TextTokenizer(ABC):
-    """Text to ids and back. No mark is added to a text; what ends a solution is one id, ``end_id``."""
+    """Text to ids and back. No mark is added to a text; what ends a solution is one id, ``end_id``.
+
+    Example:
+        >>> tokenizer: TextTokenizer = ByteTokenizer()
+        >>> (encoded,) = tokenizer.encode(["1+1"])
+        >>> tokenizer.decode(encoded.ids)
+        '1+1'
+    """
 
     learns: ClassVar[bool] = False
     """Whether :meth:`learn` must see a corpus before anything else is called."""

@@ -30,7 +30,12 @@ _COLUMNS = ("ids", "num_prompt", "fault", "part", "joined", "unknown", "key")
 
 
 def plain_hash(*values: Any) -> str:
-    """Return a hash of plain data."""
+    """Return a hash of plain data.
+
+    Example:
+        >>> plain_hash(1, ["a"]) == plain_hash(1, ["a"])
+        True
+    """
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -54,6 +59,12 @@ class RowEncoder:
     Args:
         text: The form of prompts and solutions.
         tokenizer: The tokenizer; one that learns has learnt.
+
+    Example:
+        >>> from looplm.corpora.text_tokenizer import ByteTokenizer
+        >>> encoder = RowEncoder(SolutionText("{question} ", "{answer}", None), ByteTokenizer())
+        >>> len(encoder.encode_prompts(["1+1?"])[0])
+        5
     """
 
     def __init__(self, text: SolutionText, tokenizer: TextTokenizer) -> None:
@@ -150,6 +161,16 @@ def token_table(source: Source, encoder: RowEncoder, cache_dir: Path, *, skip_ma
 
     Raises:
         InputError: If the source cannot be read.
+
+    Example:
+        >>> import json, tempfile
+        >>> from looplm.corpora.text_tokenizer import ByteTokenizer
+        >>> path = Path(tempfile.mkdtemp()) / "rows.jsonl"
+        >>> _ = path.write_text(json.dumps({"question": "1+1?", "answer": "2"}))
+        >>> encoder = RowEncoder(SolutionText("{question} ", "{answer}", None), ByteTokenizer())
+        >>> table = token_table(Source(path=str(path)), encoder, path.parent, skip_malformed=False)
+        >>> len(table.ids(0))  # five of the prompt, one of the solution, its end
+        7
     """
     import pyarrow as pa
 

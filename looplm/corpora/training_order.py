@@ -32,6 +32,11 @@ def bucketed(lengths: np.ndarray, batch_size: int, seed: int, block: int) -> np.
 
     Returns:
         Indices into ``lengths``, ``(n, B)``.
+
+    Example:
+        >>> batches = bucketed(np.array([9, 1, 8, 2]), batch_size=2, seed=0, block=0)
+        >>> sorted(sorted(batch) for batch in batches.tolist())
+        [[0, 2], [1, 3]]
     """
     batches = np.argsort(lengths, kind="stable").reshape(-1, batch_size)
     return batches[shuffled(len(batches), seed, "bucket", block)]

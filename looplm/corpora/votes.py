@@ -25,6 +25,10 @@ class Vote:
         answer: The answer, as the first sample that gave it wrote it.
         num_votes: Samples that gave it, or one equal to it.
         num_answers: Samples in which an answer was found.
+
+    Example:
+        >>> Vote("42", num_votes=3, num_answers=4).num_votes
+        3
     """
 
     answer: str

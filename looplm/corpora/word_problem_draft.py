@@ -33,11 +33,24 @@ _PARTS = {2: "half", 3: "a third", 4: "a quarter", 5: "a fifth"}
 
 
 class NoDraft(Exception):
-    """No numbers or names fit; draw again."""
+    """No numbers or names fit; draw again.
+
+    Example:
+        >>> raise NoDraft("no whole number fits")
+        Traceback (most recent call last):
+        ...
+        looplm.corpora.word_problem_draft.NoDraft: no whole number fits
+    """
 
 
 class Draws:
-    """Choices as a function of a seed, the same in every version of Python (which promises this of random() alone)."""
+    """Choices as a function of a seed, the same in every version of Python (which promises this of random() alone).
+
+    Example:
+        >>> draws = Draws(0)
+        >>> 1 <= draws.between(1, 6) <= 6
+        True
+    """
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed).random
@@ -87,6 +100,11 @@ class Draft:
         lines: The solution, a line a step.
         graph: What is computed.
         final: The answer as it is written.
+
+    Example:
+        >>> draft = draw_draft(Draws(0), num_steps=2)
+        >>> len(draft.lines)
+        2
     """
 
     question: str
@@ -100,6 +118,10 @@ def draw_draft(draws: Draws, num_steps: int) -> Draft:
 
     Raises:
         NoDraft: If numbers or names did not fit.
+
+    Example:
+        >>> draw_draft(Draws(0), num_steps=1).final.strip() != ""
+        True
     """
     return _Drafting(draws).draw(num_steps)
 

@@ -69,6 +69,10 @@ class Scene:
         can_change: Whether things can be lost and added later.
         can_move: Whether things can be handed out, as apples can and trees cannot.
         style: How parts of one are written; None: the things come whole.
+
+    Example:
+        >>> SCENES[0].number(Fraction(3))
+        '3'
     """
 
     holders: tuple[str, ...]
@@ -300,6 +304,11 @@ class Tail:
         question: What is asked if the problem ends here; also with ``{things}``.
         unit: Singular and plural of what results; None: the things themselves.
         rest: What there is then, for a further tail; empty: there is none.
+
+    Example:
+        >>> tail = Tail("/", "They share them equally.", "How many does each get?")
+        >>> tail.operation
+        '/'
     """
 
     operation: Literal["+", "-", "*", "/", "goal"]

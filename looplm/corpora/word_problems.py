@@ -36,6 +36,11 @@ class WordProblem:
         final: x, the answer alone: an integer, a decimal or a fraction.
         steps: How many operations it takes.
         graph: What is computed.
+
+    Example:
+        >>> (problem,) = word_problems(0, "train", 1, max_steps=1)
+        >>> sorted(problem.row())
+        ['answer', 'final', 'question', 'steps']
     """
 
     question: str
@@ -50,7 +55,13 @@ class WordProblem:
 
 
 def split_of_graph(graph: OperationGraph) -> Split:
-    """Return the split to which all problems with this graph belong (for one and two steps: graph and numbers)."""
+    """Return the split to which all problems with this graph belong (for one and two steps: graph and numbers).
+
+    Example:
+        >>> (problem,) = word_problems(0, "test", 1, min_steps=3, max_steps=3)
+        >>> split_of_graph(problem.graph)
+        'test'
+    """
     num_steps = len(graph.steps)
     form = graph.canonical(with_numbers=num_steps <= _NUMBERS_COUNT_TO)
     bucket = fold(0, f"split of word problems/{form}") % _NUM_BUCKETS
@@ -123,6 +134,10 @@ def word_problems(
     Raises:
         ValueError: If an argument is out of its range.
         InputError: If there are not as many different problems.
+
+    Example:
+        >>> [problem.steps for problem in word_problems(0, "train", 4, max_steps=2)]
+        [1, 2, 1, 2]
     """
     _check(split, min_steps, max_steps)
     if num_problems < 0:

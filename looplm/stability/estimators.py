@@ -43,6 +43,10 @@ class Estimate:
     Attributes:
         value: ``(B,)``.
         standard_error: ``(B,)``: of a mean over independent draws.
+
+    Example:
+        >>> Estimate(value=torch.tensor([0.25]), standard_error=torch.tensor([0.01])).value.item()
+        0.25
     """
 
     value: Tensor
@@ -50,7 +54,13 @@ class Estimate:
 
 
 def growth(vector: Hidden, mask: Tensor | None) -> tuple[Tensor, Hidden]:
-    """Return ``‖v‖`` over real positions ``(B,)`` and ``v / ‖v‖``; a zero vector stays zero."""
+    """Return ``‖v‖`` over real positions ``(B,)`` and ``v / ‖v‖``; a zero vector stays zero.
+
+    Example:
+        >>> norm, unit = growth(torch.tensor([[3.0, 4.0]]), None)
+        >>> norm.item(), unit.norm().item()
+        (5.0, 1.0)
+    """
     vector = mask_padding(vector, mask)
     norm = squared_norm(vector).sqrt()
     tiny = torch.finfo(norm.dtype).tiny

@@ -23,7 +23,15 @@ Quantity: TypeAlias = Literal["mean_gain", "spectral_radius", "spectral_norm"]
 
 
 class Penalty(ABC):
-    """A term of the loss at the end of a trajectory."""
+    """A term of the loss at the end of a trajectory.
+
+    Example:
+        >>> class StepSize(Penalty):
+        ...     def __call__(self, step_fn, hidden, previous, mask, generator):
+        ...         return (step_fn(hidden) - hidden).pow(2).mean()
+        >>> StepSize()(lambda h: 0.5 * h, torch.ones(1, 2), torch.ones(1, 2), None, torch.Generator()).item()
+        0.25
+    """
 
     fraction: float = 1.0
     """Share of the sequences on which the term is computed."""

@@ -78,8 +78,8 @@ class _PrimitiveNorms(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _exact_derivatives() -> Iterator[None]:
-    # Fused attention kernels have no forward-mode derivative: the mathematical form has.
-    with sdpa_kernel(SDPBackend.MATH), _PrimitiveNorms():
+    # Fused attention kernels have no forward-mode derivative: the mathematical form has. Compiled code has none either.
+    with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), _PrimitiveNorms():
         yield
 
 
@@ -171,7 +171,9 @@ def vjp(step_fn: StepFn, hidden: Hidden, vector: Hidden) -> Hidden:
         raise RuntimeError("`vjp` does not work in torch.inference_mode; use `jvp`, `finite_difference` or no_grad.")
     differentiable = torch.is_grad_enabled()
     leaves, spec = pytree.tree_flatten(hidden)
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if differentiable else contextlib.nullcontext():
+    math_attention = sdpa_kernel(SDPBackend.MATH) if differentiable else contextlib.nullcontext()
+    # Compiled code cannot be differentiated twice.
+    with torch.compiler.set_stance("force_eager"), torch.enable_grad(), math_attention:
         inputs = [x if x.requires_grad and differentiable else x.detach().requires_grad_() for x in leaves]
         inner = per_sequence_dot(step_fn(pytree.tree_unflatten(inputs, spec)), vector).sum()
         pulled = torch.autograd.grad(inner, inputs, create_graph=differentiable, materialize_grads=True)
@@ -225,6 +227,10 @@ def product_named(method: str) -> Callable[[StepFn, Hidden, Hidden], Hidden]:
 
     Raises:
         ValueError: If there is none of that name.
+
+    Example:
+        >>> product_named("jvp") is jvp
+        True
     """
     if method not in PRODUCTS:
         raise ValueError(f"`method` must be one of {sorted(PRODUCTS)}, got {method!r}.")

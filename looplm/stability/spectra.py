@@ -23,6 +23,9 @@ def require_scipy(what: str) -> None:
 
     Raises:
         ModuleNotFoundError: Says what needs it and how to install it.
+
+    Example:
+        >>> require_scipy("leading_eigenvalues")
     """
     if not _SCIPY:
         raise ModuleNotFoundError(f"`{what}` needs SciPy: pip install 'looplm[analysis]'. {_SCIPY}")
@@ -45,6 +48,10 @@ def dense_jacobian(step_fn: StepFn, hidden: Hidden, *, method: ProductName = "jv
         step_fn: Φ at fixed context; sequences must not interact in it.
         hidden: The state, ``(B, …)``, N entries a sample.
         method: The product.
+
+    Example:
+        >>> dense_jacobian(lambda h: 0.5 * h, torch.ones(1, 2)).tolist()
+        [[[0.5, 0.0], [0.0, 0.5]]]
     """
     size = flatten(hidden).shape[1]
     columns = []
@@ -78,6 +85,12 @@ def exact_spectrum(
 
     Raises:
         ValueError: If ``causal`` and the state is not one tensor ``(B, T, D)``.
+
+    Example:
+        >>> turn = torch.tensor([[0.0, -0.5], [0.5, 0.0]])
+        >>> (eigenvalues,) = exact_spectrum(lambda h: h @ turn.T, torch.ones(1, 2))
+        >>> sorted(round(value.imag, 3) for value in eigenvalues.tolist())
+        [-0.5, 0.5]
     """
     jacobian = dense_jacobian(step_fn, hidden, method=method)
     real = _real_coordinates(hidden, mask)
@@ -126,6 +139,12 @@ def leading_eigenvalues(
     Raises:
         ModuleNotFoundError: If SciPy is not installed.
         ValueError: If ``k`` is below 1.
+
+    Example:
+        >>> stretch = torch.diag(torch.tensor([0.9, 0.5, 0.2, 0.1]))
+        >>> (leading,) = leading_eigenvalues(lambda h: h @ stretch, torch.ones(1, 4), k=2)
+        >>> [round(abs(value), 3) for value in leading.tolist()]
+        [0.9, 0.5]
     """
     require_scipy("leading_eigenvalues")
     if k < 1:

@@ -44,7 +44,12 @@ def flatten(hidden: Hidden) -> Tensor:
 
 
 def unflatten(flat: Tensor, like: Hidden) -> Hidden:
-    """Undo :func:`flatten`: return ``flat`` ``(B, N)`` in the structure, shapes and types of ``like``."""
+    """Undo :func:`flatten`: return ``flat`` ``(B, N)`` in the structure, shapes and types of ``like``.
+
+    Example:
+        >>> unflatten(torch.tensor([[1.0, 2.0]]), {"a": torch.zeros(1, 1), "b": torch.zeros(1, 1)})
+        {'a': tensor([[1.]]), 'b': tensor([[2.]])}
+    """
     if not isinstance(like, dict):
         return flat.reshape(like.shape).to(like.dtype)
     names = sorted(like)
@@ -59,6 +64,10 @@ def mask_padding(hidden: Hidden, mask: Tensor | None) -> Hidden:
         hidden: Tensors ``(B, T, …)``, or dict of them.
         mask: ``(B, T)``, non-zero at real positions; None: all are real. A tensor of another second dimension
             (a part of the state without positions) is kept whole.
+
+    Example:
+        >>> mask_padding(torch.ones(1, 2, 2), torch.tensor([[1, 0]])).tolist()
+        [[[1.0, 1.0], [0.0, 0.0]]]
     """
     if mask is None:
         return hidden
@@ -72,7 +81,12 @@ def mask_padding(hidden: Hidden, mask: Tensor | None) -> Hidden:
 
 
 def per_sequence_dot(a: Hidden, b: Hidden) -> Tensor:
-    """Return ``⟨a, b⟩`` of each sequence, shape ``(B,)``, accumulated in at least float32."""
+    """Return ``⟨a, b⟩`` of each sequence, shape ``(B,)``, accumulated in at least float32.
+
+    Example:
+        >>> per_sequence_dot(torch.ones(2, 3), torch.full((2, 3), 2.0)).tolist()
+        [6.0, 6.0]
+    """
 
     def dot(x: Tensor, y: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -82,17 +96,32 @@ def per_sequence_dot(a: Hidden, b: Hidden) -> Tensor:
 
 
 def squared_norm(hidden: Hidden) -> Tensor:
-    """Return ``‖h‖²`` of each sequence, shape ``(B,)``."""
+    """Return ``‖h‖²`` of each sequence, shape ``(B,)``.
+
+    Example:
+        >>> squared_norm(torch.tensor([[3.0, 4.0]])).tolist()
+        [25.0]
+    """
     return per_sequence_dot(hidden, hidden)
 
 
 def scale(hidden: Hidden, factor: Tensor) -> Hidden:
-    """Multiply the vector of each sequence by its ``factor``, shape ``(B,)``."""
+    """Multiply the vector of each sequence by its ``factor``, shape ``(B,)``.
+
+    Example:
+        >>> scale(torch.ones(2, 2), torch.tensor([1.0, 3.0])).tolist()
+        [[1.0, 1.0], [3.0, 3.0]]
+    """
     return pytree.tree_map(lambda x: x * factor.to(x.dtype).reshape(-1, *([1] * (x.ndim - 1))), hidden)
 
 
 def num_real(hidden: Hidden, mask: Tensor | None) -> Tensor:
-    """Return n, the dimension of each sequence's vector (real positions × width), shape ``(B,)``."""
+    """Return n, the dimension of each sequence's vector (real positions × width), shape ``(B,)``.
+
+    Example:
+        >>> num_real(torch.zeros(1, 3, 4), torch.tensor([[1, 1, 0]])).tolist()
+        [8.0]
+    """
     return squared_norm(mask_padding(pytree.tree_map(torch.ones_like, hidden), mask))
 
 
@@ -111,6 +140,11 @@ def random_unit(hidden: Hidden, mask: Tensor | None, generator: torch.Generator)
         hidden: Gives structure, shapes, dtype and device.
         mask: ``(B, T)`` or None, see :func:`mask_padding`.
         generator: The source of the draw; its device decides where it is drawn.
+
+    Example:
+        >>> v = random_unit(torch.zeros(2, 3, 4), None, torch.Generator())
+        >>> squared_norm(v).allclose(torch.ones(2))
+        True
     """
     vector = mask_padding(_normal(hidden, generator), mask)
     unit = scale(vector, squared_norm(vector).clamp_min(torch.finfo(torch.float32).tiny).rsqrt())
@@ -118,7 +152,13 @@ def random_unit(hidden: Hidden, mask: Tensor | None, generator: torch.Generator)
 
 
 def batch_unit(hidden: Hidden, generator: torch.Generator) -> Hidden:
-    """Draw one vector for the whole batch, uniform on the unit sphere of batch × tokens × width; arguments as above."""
+    """Draw one vector for the whole batch, uniform on the unit sphere of batch × tokens × width; arguments as above.
+
+    Example:
+        >>> v = batch_unit(torch.zeros(2, 3, 4), torch.Generator())
+        >>> v.norm().allclose(torch.ones(()))
+        True
+    """
     vector = _normal(hidden, generator)
     norm = squared_norm(vector).sum().sqrt()
     return pytree.tree_map(lambda v, x: (v / norm).to(x.dtype), vector, hidden)

@@ -163,3 +163,36 @@ def test_damaged_comparison_is_refused_by_its_path(tmp_path: Path, capsys: pytes
     path.write_text("run,depth,exact_match,token_accuracy\none,four,0.5,0.5\n")
     assert _compare(path, "--output", tmp_path / "out") == 2
     assert f"{path} is no table of curves" in _error(capsys)
+
+
+def _grade(run: Path, accuracy: dict[str, dict[int, float]]) -> Path:
+    lines = [f"{name},{d},{v},{v - 0.1},{v + 0.1}\n" for name, curve in accuracy.items() for d, v in curve.items()]
+    (run / "test_graded.csv").write_text("source,depth,accuracy,low,high\n" + "".join(lines))
+    return run
+
+
+def test_graded_answers_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stars = _grade(_run(tmp_path / "stars", {1: 0.5}), {"easy": {2: 0.75, 1: 0.5}, "hard": {1: 0.25}})
+    fixed = _grade(_run(tmp_path / "fixed", {1: 0.5}), {"easy": {1: 0.125}})
+    plain = _run(tmp_path / "plain", {1: 0.5})
+    assert _compare(stars, fixed, plain, "--output", tmp_path / "out") == 0
+    with (tmp_path / "out" / "graded.csv").open(newline="") as file:
+        rows = [(row["run"], row["source"], int(row["depth"]), float(row["accuracy"])) for row in csv.DictReader(file)]
+    assert rows == [
+        ("stars", "easy", 1, 0.5),
+        ("stars", "easy", 2, 0.75),
+        ("stars", "hard", 1, 0.25),
+        ("fixed", "easy", 1, 0.125),
+    ]
+    assert (tmp_path / "out" / "graded.png").read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert [cell.strip() for cell in shown.splitlines()[-4].split("│")[1:-1]] == ["1", "50.0", "25.0", "12.5"]
+    assert _compare(plain, "--output", tmp_path / "other") == 0
+    assert not (tmp_path / "other" / "graded.csv").exists()
+
+
+def test_damaged_graded_file_is_refused_by_its_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = _run(tmp_path / "run", {1: 0.5})
+    (run / "test_graded.csv").write_text("source,depth\nx,one\n")
+    assert _compare(run, "--output", tmp_path / "out") == 2
+    assert "test_graded.csv has no graded accuracy by depth" in _error(capsys)

@@ -347,10 +347,12 @@ def test_empty_predict_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("reverse_answer", [True, False])
-def test_generated_answers_are_read_most_significant_digit_first(reverse_answer: bool) -> None:
-    data = _data(reverse_answer=reverse_answer)
+def test_generated_answers_are_read_most_significant_digit_first(reverse_answer: bool, tmp_path: Path) -> None:
+    (tmp_path / "problems.txt").write_text("5+7\n0+0\n", encoding="utf-8")
+    data = _data(reverse_answer=reverse_answer, predict_file=str(tmp_path / "problems.txt"))
+    data.setup("predict")
     written = ["21§§" if reverse_answer else "12§§", "0§§§"]
-    assert data.answers(data.tokenizer.encode_batch(written)) == ["12", "0"]
+    assert data.predicted_lines([data.tokenizer.encode_batch(written)]) == ["5+7=12", "0+0=0"]
 
 
 @pytest.mark.parametrize(

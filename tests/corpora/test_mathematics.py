@@ -90,7 +90,7 @@ def test_ranks_share_the_stream_that_one_would_read(make: Callable[..., MathData
 
 def test_held_out_rows_do_not_depend_on_the_seed_and_batches_do(make: Callable[..., MathDataModule]) -> None:
     first, second = make(seed=0), make(seed=1)
-    assert first.corpora("val")[0].rows.tolist() == second.corpora("val")[0].rows.tolist()
+    assert first.splits.val[0].rows.tolist() == second.splits.val[0].rows.tolist()
     assert _questions(first, first.training_batch(0)) != _questions(second, second.training_batch(0))
     again = make(seed=0)
     again.training_batch(3)
@@ -101,8 +101,8 @@ def test_questions_of_a_test_set_are_not_trained_on(make: Callable[..., MathData
     test_rows = [{"question": row["question"].upper() + " ", "final": "7"} for row in ROWS[:20]]
     test = Source(path=str(write_lines(tmp_path / "test.jsonl", test_rows)), answer=None, final="final")
     data = make(test=[test])
-    assert len(data.corpora("train")[0]) == 70
-    assert "20 in a held-out set" in data.corpora("train")[0].report()
+    assert len(data.splits.train[0]) == 70
+    assert "20 in a held-out set" in data.splits.train[0].report()
 
 
 def test_sources_are_mixed_by_weight(make: Callable[..., MathDataModule], corpus_file: Path, tmp_path: Path) -> None:
@@ -167,12 +167,12 @@ def test_broken_line_is_skipped_and_counted_where_that_is_asked_for(
         file.write('{"question": "half a li\n')
     with pytest.raises(InputError, match="line 101: no JSON"):
         make().setup("fit")
-    assert "1 no JSON object" in make(bad_rows="skip").corpora("train")[0].report()
+    assert "1 no JSON object" in make(bad_rows="skip").splits.train[0].report()
 
 
 def test_answer_of_ten_megabytes_is_left_out_and_counted(make: Callable[..., MathDataModule], tmp_path: Path) -> None:
     path = write_lines(tmp_path / "big.jsonl", [*ROWS, {"question": "q", "answer": "x" * 10_000_000}])
-    assert "1 longer than 128 tokens" in make(train=[Source(path=str(path))]).corpora("train")[0].report()
+    assert "1 longer than 128 tokens" in make(train=[Source(path=str(path))]).splits.train[0].report()
 
 
 def test_test_batches_hold_what_generation_and_grading_need(
@@ -202,7 +202,7 @@ def test_test_batches_hold_what_generation_and_grading_need(
 def test_characters_that_training_had_not_are_counted(make: Callable[..., MathDataModule], tmp_path: Path) -> None:
     path = write_lines(tmp_path / "other.jsonl", [ROWS[0], {"question": "¿Cuánto?", "answer": "5 €"}])
     data = make(tokenizer=CorpusCharTokenizer(), test=[Source(path=str(path))])
-    assert data.corpora("test")[0].report() == "other: 2 of 2 rows; 1 hold something that the tokenizer has no id for"
+    assert data.splits.test[0].report() == "other: 2 of 2 rows; 1 hold something that the tokenizer has no id for"
 
 
 def test_limits_of_held_out_sets(make: Callable[..., MathDataModule], corpus_file: Path) -> None:

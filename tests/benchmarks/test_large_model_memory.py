@@ -1,58 +1,16 @@
-"""What the cache and the batch are worth, and what a large model needs: minutes, not part of the normal suite."""
+"""What a large model needs: minutes, not part of the normal suite."""
 
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
 from looplm.checkpoints import save_pretrained
 from looplm.config import LoopedConfig
-from looplm.generation import generate
 from looplm.model import LoopedTransformer
 
 pytestmark = pytest.mark.slow
-
-
-def test_batched_cached_generation_is_twenty_times_as_fast_with_the_same_tokens():
-    torch.manual_seed(0)
-    config = LoopedConfig(
-        vocab_size=256,
-        max_positions=96,
-        width=256,
-        num_heads=4,
-        ffn_width=512,
-        positions="rotary",
-        tie_embeddings=False,
-        init_std=0.05,
-        dropout=0.0,
-    )
-    model = LoopedTransformer(config).eval()
-    prompts = torch.randint(256, (32, 16))
-    generate(model, prompts[:2], num_loops=8, max_new_tokens=2, end_id=-1)  # warm up
-
-    def batched():
-        begin = time.perf_counter()
-        tokens = generate(model, prompts, num_loops=8, max_new_tokens=64, end_id=-1)
-        return tokens, 32 * 64 / (time.perf_counter() - begin)
-
-    def single(row):
-        begin = time.perf_counter()
-        tokens = generate(model, prompts[row : row + 1], num_loops=8, max_new_tokens=64, end_id=-1, cache="none")
-        return tokens, 64 / (time.perf_counter() - begin)
-
-    # The two take turns, so that another load on the machine meets both; the best of each counts.
-    fast, slow = [], []
-    for row in range(4):
-        tokens, rate = batched()
-        fast.append(rate)
-        alone, rate = single(row)
-        slow.append(rate)
-        assert torch.equal(alone[0], tokens[row])
-    ratio = max(fast) / max(slow)
-    sys.stderr.write(f"tokens/s: batched and cached {max(fast):.0f}, alone {max(slow):.1f}, ratio {ratio:.1f}\n")
-    assert ratio >= 20
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -1,0 +1,67 @@
+"""A run's settings in every logger, in TensorBoard beside the accuracies that validation logs.
+
+A checkpoint keeps the architecture alone; loggers get all that tells two runs apart. Knows the resolved config as plain
+data, and no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import yaml
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+__all__ = ["SaveSettings", "flat_settings", "show_in_tensorboard"]
+
+_OF_THE_TRAINER = ("max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val")
+
+
+class SaveSettings(SaveConfigCallback):
+    """Saves ``config.yaml``, as Lightning's own does, and gives the settings of the run to every logger."""
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Log the settings; called once, on rank zero."""
+        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        chosen = {name: config[name] for name in ("seed_everything", "model", "data") if name in config}
+        chosen["trainer"] = {name: config["trainer"][name] for name in _OF_THE_TRAINER}
+        settings = flat_settings(chosen)
+        accuracies = [f"val/exact_match/depth_{depth:05d}" for depth in config["model"]["val_depths"]]
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                show_in_tensorboard(logger, settings, accuracies)
+            else:
+                logger.log_hyperparams(settings)
+
+
+def flat_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+    """Return nested settings as one level of dotted names; a list is written as YAML writes it, None as ``none``.
+
+    Example:
+        >>> flat_settings({"model": {"width": 16, "val_depths": [1, 4], "penalty": None}})
+        {'model.width': 16, 'model.val_depths': '[1, 4]', 'model.penalty': 'none'}
+    """
+    flat: dict[str, bool | int | float | str] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flat_settings(value, f"{prefix}{name}.")
+        elif isinstance(value, bool | int | float | str):
+            flat[prefix + name] = value
+        else:
+            flat[prefix + name] = "none" if value is None else str(value)
+    return flat
+
+
+def show_in_tensorboard(logger: TensorBoardLogger, settings: Mapping[str, Any], metrics: Sequence[str]) -> None:
+    """Fill the HParams tab: settings in columns, and beside them the last value of each scalar in ``metrics``.
+
+    Lightning's own would log a value for each metric at step 0, which no one has measured.
+    """
+    from torch.utils.tensorboard.summary import hparams
+
+    logger.hparams.update(settings)
+    writer = logger.experiment._get_file_writer()
+    for summary in hparams(dict(settings), dict.fromkeys(metrics, 0.0)):
+        writer.add_summary(summary)

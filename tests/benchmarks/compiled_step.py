@@ -1,0 +1,51 @@
+"""The compiled step against the eager one, and how often a run of random depths compiles."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch._dynamo.utils import counters
+
+from looplm.depth import LogNormalDepth
+from looplm.randomness import StepKey
+
+from .timing import Measurement, Row, paired_seconds, ratio_of
+from .training_step import STARS, addition_model, model_step, random_batch
+
+__all__ = ["compile_rows"]
+
+
+def compile_rows(num_rounds: int) -> list[Row]:
+    """Steps with the paper's dropout and without any, and the graphs of 200 random depths, truncated and penalised."""
+    rows = []
+    for dropout in (0.0, 0.1):
+        torch._dynamo.reset()
+        compiled = addition_model(dropout=dropout)
+        compiled.compile_core()
+        times = paired_seconds(
+            model_step(addition_model(dropout=dropout), STARS), model_step(compiled, STARS), num_rounds
+        )
+        rows.append(
+            Row(f"compiled STARS step, dropout {dropout}", "eager", ratio_of(*times), 1.2, "at least", "x faster")
+        )
+    return rows + _graph_rows()
+
+
+def _graph_rows() -> list[Row]:
+    torch._dynamo.reset()
+    counters.clear()
+    model, batch = addition_model(width=64), random_batch(16)
+    model.compile_core()
+    sampler = LogNormalDepth(mu=1.7, sigma=0.7, min_depth=1, max_depth=40)
+    objective = replace(STARS, depth_sampler=sampler, backprop_loops=6)
+    graphs = []
+    for step in range(200):
+        objective(model, batch, StepKey(seed=0, micro_batch=step)).loss.backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    late = Measurement.exact(graphs[-1] - graphs[9])
+    depths = "200 random depths"
+    return [
+        Row("graphs compiled", depths, Measurement.exact(graphs[-1]), 5, "at most", ""),
+        Row("of them after the tenth step", depths, late, 0, "at most", ""),
+    ]

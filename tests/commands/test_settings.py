@@ -1,0 +1,78 @@
+"""What loggers are told: the same scalars each, and the settings of the run once."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
+from tiny_run import TINY, merge
+
+from looplm.cli import main
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with validation, dynamics and two loggers."""
+    folder = tmp_path_factory.mktemp("logged")
+    loggers = [
+        {"class_path": name, "init_args": {"save_dir": str(folder / name), "name": "", "version": "", **extra}}
+        for name, extra in (("TensorBoardLogger", {"default_hp_metric": False}), ("CSVLogger", {}))
+    ]
+    monitor = {"class_path": "LatentDynamicsMonitor", "init_args": {"depths": [1, 4]}}
+    options = {"trainer.logger": loggers, "trainer.callbacks": [monitor], "trainer.default_root_dir": str(folder)}
+    (folder / "config.yaml").write_text(yaml.safe_dump(merge(TINY, options)))
+    assert main(["fit", "--config", str(folder / "config.yaml")]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def events(run: Path) -> Any:
+    accumulator = EventAccumulator(str(run / "TensorBoardLogger"), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def test_every_logger_gets_the_same_scalars(run: Path, events: Any) -> None:
+    with (run / "CSVLogger" / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for tag in (tags := set(events.Tags()["scalars"])):
+        logged = {event.step: event.value for event in events.Scalars(tag)}
+        written = {int(row["step"]): float(row[tag]) for row in rows if row[tag]}
+        assert written == pytest.approx(logged), tag
+    assert tags == rows[0].keys() - {"step"}
+    assert {"train/loss", "val/exact_match/depth_00004", "val/residual/depth_00004"} <= tags
+
+
+def test_no_scalar_is_one_that_nobody_measured(events: Any) -> None:
+    assert [tag for tag in events.Tags()["scalars"] if "hp_metric" in tag] == []
+    assert (
+        min(event.step for event in events.Scalars("val/exact_match/depth_00004")) == 1
+    )  # the second step; steps count from 0
+
+
+def test_the_hparams_tab_has_settings_beside_accuracies(events: Any) -> None:
+    def content(tag: str) -> Any:
+        data = plugin_data_pb2.HParamsPluginData()
+        data.ParseFromString(events.SummaryMetadata(tag).plugin_data.content)
+        return data
+
+    session = content("_hparams_/session_start_info").session_start_info
+    assert session.hparams["model.config.width"].number_value == 16
+    assert session.hparams["model.objective.depth_sampler.init_args.max_depth"].number_value == 4
+    assert session.hparams["model.objective.penalty"].string_value == "none"
+    experiment = content("_hparams_/experiment").experiment
+    assert [metric.name.tag for metric in experiment.metric_infos] == [
+        "val/exact_match/depth_00001",
+        "val/exact_match/depth_00004",
+    ]
+
+
+def test_other_loggers_get_the_same_settings(run: Path) -> None:
+    written = yaml.safe_load((run / "CSVLogger" / "hparams.yaml").read_text())
+    assert written == yaml.safe_load((run / "TensorBoardLogger" / "hparams.yaml").read_text())
+    assert written["model.config.width"] == 16

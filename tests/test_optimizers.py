@@ -1,0 +1,82 @@
+"""MuonAdamW: PyTorch's two rules under one learning rate, schedule and checkpoint."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from looplm import LoopedConfig, LoopedTransformer, MuonAdamW
+
+
+def _net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 4)).double()
+
+
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    optimizer.zero_grad()
+    model(x).square().mean().backward()
+    optimizer.step()
+
+
+def test_each_parameter_moves_as_under_its_own_rule_of_pytorch() -> None:
+    model = _net()
+    twin = copy.deepcopy(model)
+    optimizer = MuonAdamW(model.named_parameters(), lr=0.01, weight_decay=0.1)
+    matrices = [p for p in twin.parameters() if p.ndim == 2]
+    rest = [p for p in twin.parameters() if p.ndim != 2]
+    muon = torch.optim.Muon(matrices, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(rest, lr=0.01, weight_decay=0.1, betas=(0.9, 0.95))
+    for seed in range(4):
+        _step(model, optimizer, seed)
+        muon.zero_grad()
+        _step(twin, adamw, seed)
+        muon.step()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_a_schedule_reaches_both_rules() -> None:
+    model = _net()
+    optimizer = MuonAdamW(model.named_parameters(), lr=0.01, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    _step(model, optimizer, 0)
+    schedule.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.0, 0.0]
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_saved_state_goes_on_to_the_same_weights() -> None:
+    model = _net()
+    optimizer = MuonAdamW(model.named_parameters())
+    for seed in range(3):
+        _step(model, optimizer, seed)
+    twin = copy.deepcopy(model)
+    other = MuonAdamW(twin.named_parameters())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for seed in range(3, 6):
+        _step(model, optimizer, seed)
+        _step(twin, other, seed)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    assert set(other.state) == set(twin.parameters())
+
+
+def test_tables_heads_norms_and_biases_are_left_to_adamw() -> None:
+    config = LoopedConfig(vocab_size=11, max_positions=8, width=8, num_heads=2, ffn_width=8, tie_embeddings=False)
+    optimizer = MuonAdamW(LoopedTransformer(config).named_parameters())
+    muon, adamw = (set(group["param_names"]) for group in optimizer.param_groups)
+    parts = ("attention.qkv", "attention.out", "ffn.up", "ffn.down")
+    assert muon == {f"core.0.{part}.weight" for part in parts}
+    assert {"token_embedding.weight", "position_embedding.weight", "head.weight", "final_norm.weight"} <= adamw
+
+
+def test_parameters_without_names_or_without_matrices_are_refused() -> None:
+    with pytest.raises(ValueError, match="named_parameters"):
+        MuonAdamW(_net().parameters())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="AdamW alone would do"):
+        MuonAdamW(nn.LayerNorm(4).named_parameters())

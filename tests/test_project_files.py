@@ -1,0 +1,87 @@
+"""Files that other tools read: citation, hooks, templates. They parse, and agree with what they repeat."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import looplm
+
+ROOT = Path(looplm.__file__).parents[1]
+TOP_LEVEL = {
+    *("looplm", "data", "conf", "tests", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "Makefile"),
+    *("CONTRIBUTING.md", "CITATION.cff", "constraints.txt"),
+}
+MADE = {"runs", "build", "dist"}  # by commands; git ignores them
+
+
+def _read(name: str) -> Any:
+    return yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
+
+
+def test_the_top_level_holds_what_belongs_there() -> None:
+    found = {path.name for path in ROOT.iterdir() if not path.name.startswith(".") and path.suffix != ".egg-info"}
+    assert TOP_LEVEL <= found
+    assert found <= TOP_LEVEL | MADE
+
+
+def test_the_citation_has_all_that_its_format_asks_for() -> None:
+    # Citation File Format 1.2.0: required keys, and for each author a name.
+    cited = _read("CITATION.cff")
+    assert cited["cff-version"] == "1.2.0"
+    assert {"message", "title", "authors"} <= cited.keys()
+    (paper,) = cited["references"]
+    assert {"type", "title", "authors"} <= paper.keys()
+    assert all({"name", "family-names"} & author.keys() for author in [*cited["authors"], *paper["authors"]])
+
+
+def test_the_citation_agrees_with_package_and_readme() -> None:
+    cited = _read("CITATION.cff")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert cited["title"] == project["name"]
+    assert str(cited["version"]) == looplm.__version__
+    assert cited["license"] == project["license"]
+    assert cited["authors"] == project["authors"]
+    (paper,) = cited["references"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    entry = readme[readme.index("@inproceedings") :]
+    assert paper["title"] in entry
+    assert " and ".join(author["family-names"] for author in paper["authors"]) in entry
+    assert paper["identifiers"][0]["value"].replace(":", " ") in entry
+    assert f"{{{paper['year']}}}" in entry
+
+
+def test_hooks_are_local_and_of_the_environments_version() -> None:
+    (repository,) = _read(".pre-commit-config.yaml")["repos"]
+    assert repository["repo"] == "local"
+    version = re.search(r"^ruff==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert version is not None
+    for hook in repository["hooks"]:
+        assert {"id", "name", "entry", "language"} <= hook.keys()
+        assert hook["language"] == "system"
+        assert hook["entry"].startswith(".venv/bin/ruff ")
+        assert hook["name"].endswith(f" {version[1]}")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").iterdir()), ids=lambda path: path.stem)
+def test_issue_form_is_one(path: Path) -> None:
+    form = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert {"name", "description", "body"} <= form.keys()
+    ids = [field["id"] for field in form["body"]]
+    assert len(set(ids)) == len(ids)
+    for field in form["body"]:
+        assert field["type"] in ("checkboxes", "dropdown", "input", "markdown", "textarea")
+        assert field["attributes"]["label"]
+
+
+def test_what_contributors_are_pointed_to_exists() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = {name for name in re.findall(r"`([\w./]+\.(?:py|yaml|md|toml))`", text) if name != "utils.py"}
+    assert len(named) > 15
+    places = [ROOT, ROOT / "looplm", ROOT / "conf" / "study"]
+    assert [name for name in sorted(named) if not any((place / name).exists() for place in places)] == []

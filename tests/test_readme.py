@@ -1,0 +1,247 @@
+"""Every command and every example of the README does what a reader will do with it.
+
+What is cheap is run, in the order of the page and in one folder, with options that make it small. What needs GPUs, the
+hub or hours is parsed: config and options must be whole and known. A command of another kind fails the test, so that
+none is added which nobody has tried.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import textwrap
+import tomllib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+import looplm
+from looplm.checkpoints import save_pretrained
+from looplm.cli import main
+from looplm.commands import sweep
+from looplm.commands.rows import read_rows
+from looplm.commands.runs import expand_runs
+from looplm.config import LoopedConfig
+from looplm.model import LoopedTransformer
+
+ROOT = Path(looplm.__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCKS = [(match[1], match[2]) for match in FENCED.finditer(README)]
+EXAMPLES = [code for language, code in BLOCKS if language == "python"]
+LISTED = [
+    re.sub(r"\s+#.*", "", line)
+    for language, code in BLOCKS
+    if language in ("", "bash")
+    for line in code.splitlines()
+    if line and not line.startswith("#")
+]
+# Commands in the text, which may go over the end of a line. A lone `torchrun` is a name, not a command.
+INLINE = [
+    " ".join(text.split())
+    for text in re.findall(r"`([^`]+)`", FENCED.sub("", README))
+    if re.match(r"(\.venv/bin/)?(python|pytest|make|pip|tensorboard|torchrun)\s", text)
+]
+# Those of the lists come first: they make the runs that the others read.
+COMMANDS = list(dict.fromkeys([*LISTED, *INLINE]))
+
+SMALL = [
+    *("--trainer.max_steps=2", "--trainer.val_check_interval=1", "--trainer.accelerator=cpu", "--trainer.devices=1"),
+    *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
+    *("--trainer.num_sanity_val_steps=0", "--model.config.width=16", "--model.config.num_heads=2"),
+    *("--model.config.ffn_width=16", "--model.val_depths=[1,2]", "--model.test_depths=[0,3]"),
+    *("--data.init_args.batch_size=8", "--data.init_args.eval_batch_size=8"),
+    *("--data.init_args.num_val=8", "--data.init_args.num_test=16"),
+]
+# tests/test_math_configs.py and tests/scale run the configs behind these on stand-ins and on two processes.
+LARGE = ("math", "overlays/", "num_nodes", "stars_plus")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder like the repository's, with small models in the place of published and of sharded ones."""
+    path = tmp_path_factory.mktemp("reader")
+    for name in ("conf", "tests", "looplm", "Makefile", "pyproject.toml", "constraints.txt"):
+        (path / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "data", path / "data")
+    config = LoopedConfig.ouro_1_4b()
+    config = replace(config, vocab_size=97, max_positions=96, width=16, num_heads=2, ffn_width=16, num_core_layers=1)
+    torch.manual_seed(0)
+    save_pretrained(LoopedTransformer(config), path / "ByteDance" / "Ouro-1.4B", num_loops=4)
+    sharded = path / "runs" / "sharded" / "checkpoints" / "last.ckpt"
+    dcp.save({"state_dict": {"weight": torch.arange(3.0)}}, checkpoint_id=sharded, no_dist=True)
+    torch.save({"global_step": 7}, sharded / "meta.pt")
+    before = Path.cwd()
+    os.chdir(path)
+    yield path
+    os.chdir(before)
+
+
+def _lightning(argv: list[str]) -> None:
+    if "--print_config" in argv or any(word in argument for word in LARGE for argument in argv):
+        with pytest.raises(SystemExit) as ended:
+            main([*argv, "--print_config"])
+        assert ended.value.code == 0
+    else:
+        assert main([*argv, *SMALL]) == 0
+
+
+def _sweep(argv: list[str]) -> None:
+    """Hours of training: the runs must be there to start, and those with a file of rows must stand in it."""
+    args, options = sweep.parse(argv)
+    runs = expand_runs(args.configs, root=args.root, options=options, seeds=args.seeds, only=args.only)
+    assert len(runs) >= 2
+    for one in (runs[0], runs[-1]):  # tests/test_configs.py has them all
+        _lightning(["fit", *one.arguments, "--print_config"])
+    if args.rows is not None:
+        known = read_rows(args.rows)
+        assert [run.name for run in runs if (run.name, run.stamp["config_sha256"]) not in known] == []
+
+
+def _looplm(argv: list[str], capfd: Any) -> None:
+    command, *rest = argv
+    if command in ("fit", "validate", "test", "predict"):
+        _lightning(argv)
+    elif command == "sweep":
+        _sweep(rest)
+    elif command == "eval":
+        pytest.importorskip("lm_eval")
+        from lm_eval._cli.harness import HarnessCLI
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["lm_eval", "run", *rest])  # which is what the harness reads
+            args = HarnessCLI().parse_args()
+        assert args.model == "looplm"
+        assert Path(args.model_args["pretrained"]).is_dir()
+    elif command == "generate":
+        assert main([*argv, "--num_rows", "20"]) == 0
+        assert len(Path(rest[0]).read_text().splitlines()) == 20
+    elif command == "exits":
+        assert main([*argv, "--num_loops", "2"]) == 0
+    else:
+        assert main(argv) == 0
+    if command == "predict":
+        assert capfd.readouterr().out.startswith("123+456=")
+
+
+def _torchrun(argv: list[str], capfd: Any) -> None:
+    from torch.distributed.run import parse_args
+
+    args = parse_args(argv)
+    assert args.module
+    assert args.nproc_per_node == "8"
+    _check([sys.executable, "-m", args.training_script, *args.training_script_args], capfd)
+
+
+def _pip(argv: list[str]) -> None:
+    """Building takes an environment, which .ci/run makes; here what is asked for must exist."""
+    assert argv[0] == "install"
+    (target,) = argv[1:]
+    folder, extras = re.fullmatch(r"(.+)\[(.+)\]", target).groups()
+    project = tomllib.loads((Path(folder) / "pyproject.toml").read_text())["project"]
+    assert set(extras.split(",")) <= set(project["optional-dependencies"])
+
+
+def _script(path: str) -> None:
+    """Measurements of minutes: the script must be there and be able to start."""
+    compile(Path(path).read_text(), path, "exec")
+
+
+def _check(words: list[str], capfd: Any) -> None:
+    program, *argv = words
+    program = Path(program).name
+    if program == "srun":
+        _check(argv, capfd)
+    elif program.startswith("python") and argv[:2] == ["-m", "looplm"]:
+        _looplm(argv[2:], capfd)
+    elif program == "python" and argv[0].startswith("tests/"):
+        _script(argv[0])
+    elif program == "torchrun":
+        _torchrun(argv, capfd)
+    elif program == "make":
+        subprocess.run(["make", "--dry-run", *argv], check=True, capture_output=True)
+    elif program == "pip":
+        _pip(argv)
+    elif program == "pytest":
+        _script(argv[-1])
+    elif program == "tensorboard":
+        from tensorboard.program import TensorBoard
+
+        TensorBoard().configure((program, *argv))
+        assert any(Path(argv[-1]).rglob("events.out.tfevents.*"))
+    else:
+        raise AssertionError(f"a command of a kind that is not tested: {shlex.join(words)}")
+
+
+def test_the_page_has_commands_and_examples() -> None:
+    assert len(LISTED) >= 20
+    assert len(EXAMPLES) >= 3
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(
+    command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    said, _, rest = command.rpartition(" | ")
+    if said:
+        assert said.startswith("echo ")
+        monkeypatch.setattr(sys, "stdin", io.StringIO(said.removeprefix("echo ") + "\n"))
+    _check(shlex.split(rest), capfd)
+
+
+@pytest.mark.parametrize("line", ["rm -rf /", "python -m looplm tarin", "make nothing", "pip install 'none[x]'"])
+def test_a_command_that_nobody_could_run_is_found(line: str, folder: Path, capfd: Any) -> None:
+    with pytest.raises((AssertionError, subprocess.CalledProcessError, OSError)):
+        _check(shlex.split(line), capfd)
+
+
+@pytest.mark.parametrize("code", [code for code in EXAMPLES if "# +" not in code])
+def test_example(code: str, folder: Path) -> None:
+    names: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    if "tokens" in names:
+        assert names["tokens"].shape[0] == 2
+
+
+def test_the_ten_lines_give_a_foreign_project_curve_and_dynamics(folder: Path) -> None:
+    import runpy
+
+    (code,) = [code for code in EXAMPLES if "# +" in code]
+    path = ROOT / "tests" / "foreign" / "implicit_classifier.py"
+    theirs = runpy.run_path(str(path))
+    names = {**theirs, "callbacks": []}
+    exec(compile(code, "README.md", "exec"), names)
+    # The lines are those of the project: only annotations are left out.
+    whole = textwrap.dedent(path.read_text())
+    lines = [line.strip() for line in code.splitlines() if line.endswith("# +")]
+    assert len(lines) == 10
+    assert all(line in whole for line in lines if not line.startswith("def "))
+
+    class Whole(names["ImplicitClassifier"], theirs["ImplicitClassifier"]):
+        """The README's methods on the project's encoder, cell and head."""
+
+    trainer = L.Trainer(
+        default_root_dir=folder / "classifier",
+        accelerator="cpu",
+        max_steps=2,
+        callbacks=names["callbacks"],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    loader = torch.utils.data.DataLoader(theirs["make_images"](16, 0), batch_size=8)
+    trainer.fit(Whole(), loader, loader)
+    assert {"val_curve.csv", "val_dynamics.csv"} <= {path.name for path in (folder / "classifier").iterdir()}
