@@ -26,9 +26,8 @@ class InspectedAnswer:
 
     Example:
         >>> once = torch.tensor([[0.5], [0.9]])
-        >>> answer = InspectedAnswer(
-        ...     tokens=[3], probability=once, entropy=once, residual=once, path=torch.zeros(2, 2), explained=torch.ones(2)
-        ... )
+        >>> plane = {"path": torch.zeros(2, 2), "explained": torch.ones(2)}
+        >>> answer = InspectedAnswer(tokens=[3], probability=once, entropy=once, residual=once, **plane)
         >>> answer.probability[-1].tolist() == [once[1].item()]
         True
     """
