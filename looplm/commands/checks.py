@@ -14,12 +14,13 @@ import tempfile
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from lightning_utilities.core.imports import RequirementCache
 from packaging.requirements import Requirement
-from torch import nn
+from torch import Tensor, nn
 
 import looplm
 from looplm.config import LoopedConfig
@@ -124,11 +125,11 @@ def check_products(device: torch.device) -> list[Check]:
         config = LoopedConfig(vocab_size=8, max_positions=8, width=32, num_heads=2, ffn_width=32, init_std=0.2)
         model = LoopedTransformer(config).eval().to(device)
     state = model.embed(torch.arange(8, device=device)[None]).detach()
-    vector = random_unit(state.hidden, None, generator)
+    vector, other = (cast(Tensor, random_unit(state.hidden, None, generator)) for _ in range(2))
     step_fn = step_function(model, state)
 
-    def value(name: str, direction: torch.Tensor) -> torch.Tensor:
-        return product_named(name)(step_fn, state.hidden, direction)
+    def value(name: str, direction: Tensor) -> Tensor:
+        return cast(Tensor, product_named(name)(step_fn, state.hidden, direction))
 
     checks = []
     for name in PRODUCTS:
@@ -139,7 +140,6 @@ def check_products(device: torch.device) -> list[Check]:
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             is_whole = bool(gradients) and all(bool(gradient.isfinite().all()) for gradient in gradients)
             # ⟨u, Jv⟩ = ⟨Jᵀu, v⟩ holds whichever of the two a product computes.
-            other = random_unit(state.hidden, None, generator)
             exact = (other * value("jvp", vector)).sum().item()
             mine = (vector * value(name, other)).sum() if name == "vjp" else (other * found).sum()
             error = abs(mine.item() - exact) / max(abs(exact), 1e-6)
@@ -174,7 +174,7 @@ def check_strategies(products: list[Check]) -> list[Check]:
     checks = []
     for name, parallelism, reason, mend in rows:
         known = {
-            label: [p for p in possible_products(parallelism, narrow_weights=narrow) if p in works_here]
+            label: [str(p) for p in possible_products(parallelism, narrow_weights=narrow) if p in works_here]
             for label, narrow in (("float32", False), ("bfloat16", True))
         }
         checks.append(Check(name=name, works=reason is None, detail=reason or "", remedy=mend, products=known))
@@ -188,17 +188,18 @@ def _try_processes() -> tuple[str | None, str | None]:
         return reason, reason
     if dist.is_initialized():
         return None, None
-    try:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    except (RuntimeError, ValueError) as error:
-        reason = f"gloo: {_line(error)}"
-        return reason, reason
-    try:
-        number = torch.ones(1)
-        dist.all_reduce(number)
-        return None if number.item() == 1 else "gloo: wrong sum", _try_sharding()
-    finally:
-        dist.destroy_process_group()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            dist.init_process_group("gloo", init_method=f"file://{folder}/meeting_place", rank=0, world_size=1)
+        except (RuntimeError, ValueError) as error:
+            reason = f"gloo: {_line(error)}"
+            return reason, reason
+        try:
+            number = torch.ones(1)
+            dist.all_reduce(number)
+            return None if number.item() == 1 else "gloo: wrong sum", _try_sharding()
+        finally:
+            dist.destroy_process_group()
 
 
 def _try_sharding() -> str | None:

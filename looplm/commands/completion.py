@@ -112,7 +112,7 @@ def make_script(shell: str) -> str:
     return shtab.complete(root, shell, preamble="\n".join(preambles)) + "\n" + _PYTHON[shell]
 
 
-def _complete_files(action: argparse.Action, files: dict[str, str]) -> None:
+def _complete_files(action: argparse.Action, files: Any) -> None:
     """Let what names a file or folder complete as one."""
     is_path = getattr(action.type, "__name__", "") == "Path" or action.dest in ("source", "ckpt_path")
     if is_path and action.choices is None:
