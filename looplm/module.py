@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -187,6 +188,7 @@ class LoopLM(L.LightningModule):
         self.compile_backend = compile_backend
         self.loops_per_batch = 0
         self.flops_per_batch = 0
+        self._num_trained_steps = 0  # of the checkpoint
 
     @property
     def config(self) -> LoopedConfig:
@@ -279,6 +281,19 @@ class LoopLM(L.LightningModule):
             "mean_depth": self.objective.depth_sampler.mean,
         }
         return outputs | {name: batch[name] for name in ("index", "split") if name in batch}
+
+    def on_validation_epoch_start(self) -> None:
+        """Let an evaluation of its own be logged at the step where training stands."""
+        self._log_trained_steps()
+
+    def on_test_epoch_start(self) -> None:
+        """Let an evaluation of its own be logged at the step where training stands."""
+        self._log_trained_steps()
+
+    def _log_trained_steps(self) -> None:
+        # Lightning would log it at step 0. TensorBoard takes a step back for a restart and drops what training logged.
+        if self.trainer.state.fn != TrainerFn.FITTING and self._num_trained_steps:
+            self.log("step", float(self._num_trained_steps), sync_dist=self.trainer.world_size > 1)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Return the predictions at ``val_depths``."""
@@ -386,6 +401,7 @@ class LoopLM(L.LightningModule):
             raise InputError(
                 f"the checkpoint's weights are not those of its architecture: {unmatched} on one side only."
             )
+        self._num_trained_steps = int(checkpoint.get("global_step", 0))
 
 
 def _share_all_right(right: Tensor, attention_mask: Tensor | None) -> Tensor:

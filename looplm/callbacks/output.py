@@ -69,15 +69,18 @@ def write_figure(path: Path, figure: Figure) -> None:
 def show_figure(trainer: L.Trainer, key: str, figure: Figure) -> None:
     """Give a figure to every logger that takes one, under ``key``, at the trainer's step.
 
+    A logged metric ``step`` takes its place, as it does for scalars.
+
     Example:
         >>> from looplm.figures import depth_curves
         >>> trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
         >>> figure = depth_curves({"run": ([0, 1], [0.0, 1.0])})
         >>> show_figure(trainer, "val/curve", figure)  # no logger: nothing happens
     """
+    step = int(trainer.callback_metrics.get("step", trainer.global_step))
     for logger in trainer.loggers:
         experiment: Any = getattr(logger, "experiment", None)
         if hasattr(experiment, "add_figure"):
-            experiment.add_figure(key, figure, global_step=trainer.global_step, close=False)
+            experiment.add_figure(key, figure, global_step=step, close=False)
         elif hasattr(logger, "log_image"):
-            logger.log_image(key, [figure], step=trainer.global_step)
+            logger.log_image(key, [figure], step=step)

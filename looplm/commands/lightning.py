@@ -220,7 +220,7 @@ class LoopLMCLI(LightningCLI):
 
     def after_test(self) -> None:
         """Say what the curve's peak is and where the curve is."""
-        root = Path(self._run_config.trainer.default_root_dir)
+        root = Path(self.trainer.log_dir or self._run_config.trainer.default_root_dir)  # where the curve is written
         for split, summary in json.loads((root / "test_summary.json").read_text(encoding="utf-8")).items():
             values = ", ".join(f"{name} {value:.4g}" for name, value in summary.items())
             rank_zero_info(f"exact match on {split}: {values}")

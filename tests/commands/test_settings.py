@@ -76,3 +76,22 @@ def test_other_loggers_get_the_same_settings(run: Path) -> None:
     written = yaml.safe_load((run / "CSVLogger" / "hparams.yaml").read_text())
     assert written == yaml.safe_load((run / "TensorBoardLogger" / "hparams.yaml").read_text())
     assert written["model.config.width"] == 16
+
+
+def test_an_evaluation_afterwards_takes_no_step_back(run: Path, events: Any) -> None:
+    # TensorBoard's server would drop the points of training that are not before it.
+    before = {tag: len(events.Scalars(tag)) for tag in events.Tags()["scalars"]}
+    evaluated = ["--config", str(run / "config.yaml"), f"--ckpt_path={next(run.rglob('last.ckpt'))}"]
+    assert main(["validate", *evaluated]) == 0
+    assert main(["test", *evaluated]) == 0
+    accumulator = EventAccumulator(str(run / "TensorBoardLogger"), size_guidance={"scalars": 0, "images": 0})
+    accumulator.Reload()
+    tags = accumulator.Tags()
+    for tag in tags["scalars"]:
+        steps = [event.step for event in accumulator.Scalars(tag)]
+        assert steps == sorted(steps), tag
+    assert accumulator.Scalars("test/exact_match/depth_00008")[0].step == TINY["trainer"]["max_steps"]
+    assert len(accumulator.Scalars("val/exact_match/depth_00004")) == before["val/exact_match/depth_00004"] + 1
+    assert len(accumulator.Scalars("epoch")) == before["epoch"]
+    for tag in tags["images"]:
+        assert accumulator.Images(tag)[-1].step == TINY["trainer"]["max_steps"], tag
