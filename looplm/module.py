@@ -264,10 +264,11 @@ class LoopLM(L.LightningModule):
         return out.loss
 
     def _count_flops(self, inputs: Tensor, out: ObjectiveOutput) -> int:
-        flops = training_flops(self.config, *inputs.shape, out.depth, self.objective.backprop_loops)
+        batch_size, length = inputs.shape
+        flops = training_flops(self.config, batch_size, length, out.depth, self.objective.backprop_loops)
         if self.objective.penalty is None or out.penalty is None:
             return flops
-        return flops + penalty_flops(self.config, *inputs.shape, self.objective.penalty)
+        return flops + penalty_flops(self.config, batch_size, length, self.objective.penalty)
 
     def _evaluate(self, batch: dict[str, Any], depths: list[int]) -> dict[str, Any]:
         preds = predictions_at_depths(self.model, batch["input_ids"], depths, batch.get("attention_mask"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import lightning as L
@@ -20,8 +20,19 @@ _DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
 
 
 def _num_tokens(pl_module: L.LightningModule, batch: Any) -> Tensor:
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        raise ValueError(
+            "ThroughputMeter counts the tokens of `input_ids`, which a batch does not have: give `tokens_fn`."
+        )
     mask = batch.get("attention_mask")
     return torch.ones_like(batch["input_ids"]).sum() if mask is None else (mask != 0).sum()
+
+
+def _attribute(name: str) -> Count:
+    def count(pl_module: L.LightningModule, batch: Any) -> float | Tensor:
+        return getattr(pl_module, name)
+
+    return count
 
 
 class ThroughputMeter(L.Callback):
@@ -52,7 +63,8 @@ class ThroughputMeter(L.Callback):
             ``train/mfu`` needs this argument.
 
     Raises:
-        ValueError: If ``peak_flops`` is not above 0, or given where nothing counts operations.
+        ValueError: If ``peak_flops`` is not above 0, or given where nothing counts operations; or a batch has no
+            ``input_ids`` and there is no ``tokens_fn``.
 
     Example:
         >>> meter = ThroughputMeter(tokens_fn=lambda module, batch: batch[0].numel(), peak_flops=1e11)
@@ -74,6 +86,7 @@ class ThroughputMeter(L.Callback):
             "flops": flops_fn,
         }
         self.peak_flops = peak_flops
+        self._peak: float | None = peak_flops
         self._sums: dict[str, float | Tensor] = {}
         self._steps = 0
         self._since = self._paused_at = 0.0
@@ -81,9 +94,8 @@ class ThroughputMeter(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find what can be counted, and what the device can do."""
         for name in ("loops", "flops"):
-            attribute = f"{name}_per_batch"
-            if self.counts[name] is None and hasattr(pl_module, attribute):
-                self.counts[name] = lambda module, batch, attribute=attribute: getattr(module, attribute)
+            if self.counts[name] is None and hasattr(pl_module, f"{name}_per_batch"):
+                self.counts[name] = _attribute(f"{name}_per_batch")
         if self.counts["flops"] is None:
             if self.peak_flops is not None:
                 raise ValueError(
@@ -91,7 +103,7 @@ class ThroughputMeter(L.Callback):
                 )
         elif self.peak_flops is None:
             dtype = next((d for name, d in _DTYPES.items() if str(trainer.precision).startswith(name)), torch.float32)
-            self.peak_flops = get_available_flops(trainer.strategy.root_device, dtype)
+            self._peak = get_available_flops(trainer.strategy.root_device, dtype)
 
     def _restart(self, trainer: L.Trainer) -> None:
         self._sums, self._steps = {name: 0.0 for name, count in self.counts.items() if count is not None}, 0
@@ -120,10 +132,11 @@ class ThroughputMeter(L.Callback):
         if trainer.fit_loop._should_accumulate():
             return
         self._steps += 1
-        if trainer.global_step % trainer.log_every_n_steps == 0:
-            self._log(trainer)
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            pl_module.log_dict(self._rates(trainer))
+            self._restart(trainer)
 
-    def _log(self, trainer: L.Trainer) -> None:
+    def _rates(self, trainer: L.Trainer) -> dict[str, float]:
         device = trainer.strategy.root_device
         sums = torch.stack(
             [torch.as_tensor(value, device=device, dtype=torch.float32) for value in self._sums.values()]
@@ -136,7 +149,6 @@ class ThroughputMeter(L.Callback):
             values["train/loops_per_second"] = totals["loops"] / trainer.world_size / seconds
         if "flops" in totals:
             values["train/flops_per_step"] = totals["flops"] / self._steps
-            if self.peak_flops is not None:
-                values["train/mfu"] = totals["flops"] / seconds / (self.peak_flops * trainer.world_size)
-        self.log_dict(values)
-        self._restart(trainer)
+            if self._peak is not None:
+                values["train/mfu"] = totals["flops"] / seconds / (self._peak * trainer.world_size)
+        return values

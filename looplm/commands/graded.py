@@ -35,10 +35,17 @@ class GradedCurve:
 
 
 def read_graded(run_dir: Path) -> list[GradedCurve]:
-    """Return the graded curves of a run, one a corpus; none where it was not graded.
+    r"""Return the graded curves of a run, one a corpus; none where it was not graded.
 
     Raises:
         InputError: If the file is there and cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> run = Path(tempfile.mkdtemp())
+        >>> _ = (run / "test_graded.csv").write_text("source,depth,accuracy,low,high\neasy,4,0.5,0.4,0.6\n")
+        >>> read_graded(run)[0].accuracy
+        (0.5,)
     """
     path = run_dir / GRADED_FILE
     if not path.is_file():
@@ -66,6 +73,15 @@ def write_graded(curves: Sequence[GradedCurve], output: Path) -> None:
     Args:
         curves: Of all runs.
         output: A folder that exists.
+
+    Example:
+        >>> import contextlib, io, tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> curve = GradedCurve(run="a", source="easy", depths=(1,), accuracy=(0.5,), low=(0.4,), high=(0.6,))
+        >>> with contextlib.redirect_stdout(io.StringIO()):
+        ...     write_graded([curve], folder)
+        >>> sorted(path.name for path in folder.iterdir())
+        ['graded.csv', 'graded.png']
     """
     from rich.console import Console
     from rich.table import Table

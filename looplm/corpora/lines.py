@@ -21,13 +21,20 @@ def input_name(path: str) -> str:
 
 
 def input_lines(path: str) -> list[str]:
-    """Return the lines of an input, without their ends.
+    r"""Return the lines of an input, without their ends.
 
     Args:
         path: A file; ``-``: standard input.
 
     Raises:
         InputError: If it cannot be read, or is no UTF-8 text.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "problems"
+        >>> _ = path.write_text("1+2\n3+4")
+        >>> input_lines(str(path))
+        ['1+2', '3+4']
     """
     try:
         text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")

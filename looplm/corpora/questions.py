@@ -24,6 +24,16 @@ def read_questions(path: str, encoder: RowEncoder, max_positions: int) -> list[s
 
     Raises:
         InputError: If it cannot be read, holds none, or one is too long.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from looplm.corpora.templates import SolutionText
+        >>> from looplm.corpora.text_tokenizer import ByteTokenizer
+        >>> path = Path(tempfile.mkdtemp()) / "questions"
+        >>> _ = path.write_text("How many?")
+        >>> read_questions(str(path), RowEncoder(SolutionText("{question} ", "{answer}", None), ByteTokenizer()), 64)
+        ['How many?']
     """
     source, questions = input_name(path), []
     for number, line in enumerate(input_lines(path), start=1):
@@ -43,7 +53,15 @@ def read_questions(path: str, encoder: RowEncoder, max_positions: int) -> list[s
 
 
 def prompt_batch(questions: Sequence[str], encoder: RowEncoder, pad_id: int) -> dict[str, Any]:
-    """Return what generation reads: ``input_ids`` int64 and ``attention_mask`` bool ``(B, P)``, and ``end_id``."""
+    """Return what generation reads: ``input_ids`` int64 and ``attention_mask`` bool ``(B, P)``, and ``end_id``.
+
+    Example:
+        >>> from looplm.corpora.templates import SolutionText
+        >>> from looplm.corpora.text_tokenizer import ByteTokenizer
+        >>> encoder = RowEncoder(SolutionText("{question}", "{answer}", None), ByteTokenizer())
+        >>> prompt_batch(["1?", "12?"], encoder, pad_id=0)["attention_mask"].int().tolist()
+        [[0, 1, 1], [1, 1, 1]]
+    """
     tokens, mask = padded_prompts(encoder.encode_prompts(questions), pad_id)
     return {"input_ids": tokens, "attention_mask": mask, "end_id": encoder.prompts.end_id}
 

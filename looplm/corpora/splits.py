@@ -18,13 +18,24 @@ _HELD_OUT_SEED = 2026  # the same rows for every seed of training
 
 
 class Splits:
-    """The corpora of ``train``, ``val`` and ``test``, each read when it is first asked for.
+    r"""The corpora of ``train``, ``val`` and ``test``, each read when it is first asked for.
 
     Args:
         sources: Of each split; without any for ``val``, rows of training are held out.
         table: Gives the tokens of a source.
         policy: What becomes of rows that do not fit.
         num_val: Number of questions held out where ``val`` has no source.
+
+    Example:
+        >>> import json, tempfile
+        >>> from pathlib import Path
+        >>> from looplm import MathDataModule
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> rows = [json.dumps({"question": f"{i}?", "answer": f"{i}."}) for i in range(20)]
+        >>> _ = (folder / "rows.jsonl").write_text("\n".join(rows))
+        >>> data = MathDataModule([Source(path=str(folder / "rows.jsonl"))], num_val=5, cache_dir=str(folder / "cache"))
+        >>> len(data.splits.train[0]), len(data.splits.val[0])
+        (15, 5)
     """
 
     def __init__(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from looplm import (
     ThroughputMeter,
     UniformDepth,
 )
+from looplm.cli import main
 from looplm.flops import penalty_flops, training_flops
 
 PAUSE = 0.02
@@ -126,6 +128,24 @@ def test_a_foreign_project_gives_functions_and_validation_takes_no_time(tmp_path
     rates = [float(row["train/tokens_per_second"]) for row in rows]
     assert all(rate <= at_most for rate in rates)
     assert max(rates) >= at_most * 4 / 54  # what is left if one validation is counted
+
+
+def test_a_batch_of_another_form_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a batch does not have: give `tokens_fn`"):
+        _fit(tmp_path, ThroughputMeter(), Foreign(), {"train_dataloaders": _loader(1)}, max_epochs=1)
+
+
+def test_a_config_names_the_meter(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path), "name": "csv", "version": ""}}
+    callbacks = [{"class_path": "ThroughputMeter", "init_args": {"peak_flops": 1e11}}]
+    config = write_config(
+        trainer__callbacks=callbacks, trainer__logger=logger, trainer__default_root_dir=str(tmp_path / "run")
+    )
+    assert main(["fit", "--config", str(config)]) == 0
+    with (tmp_path / "csv" / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["train/mfu"]]
+    assert [int(row["step"]) for row in rows] == [0, 1, 2, 3]
+    assert all(0 < float(row["train/mfu"]) < 1 for row in rows)
 
 
 @pytest.mark.parametrize("peak", [0.0, -1.0])
