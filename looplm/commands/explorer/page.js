@@ -75,6 +75,8 @@ function drawGrid() {
     line.addEventListener("click", () => choose(row));
     return line;
   });
+  // In words the answer is its tokens: a column of its own would only take their place.
+  find("grid").classList.toggle("in-words", seen.expected === null);
   find("grid").tBodies[0].replaceChildren(...rows);
 }
 

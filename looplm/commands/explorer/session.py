@@ -57,7 +57,7 @@ def shown_depths(greatest: int) -> list[int]:
 
     Example:
         >>> shown_depths(4), len(shown_depths(4096)), shown_depths(4096)[-2:]
-        ([0, 1, 2, 3, 4], 33, [3177, 4096])
+        ([0, 1, 2, 3, 4], 33, [3158, 4096])
     """
     if greatest < _MOST_DEPTHS:
         return list(range(greatest + 1))
