@@ -9,6 +9,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
@@ -234,9 +235,10 @@ def last_states(
 ) -> tuple[LoopState, LoopState]:
     """Return the last two states of :func:`unroll`; without a loop both are ``state``.
 
-    With ``checkpoint_loops`` the backward pass runs the loops of a segment a second time instead of keeping what is in
-    them: the same gradients (dropout included) for one more forward pass, in the memory of one segment and one state a
-    segment. ``sqrt`` balances the two (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
+    With ``checkpoint_loops`` the backward pass runs loops again instead of keeping what is in them, with the same
+    gradients, dropout included. Segments of one loop: one more forward pass, in the memory of a state a loop and one
+    loop. Longer ones: two more, in the memory of a state a segment, a state for each loop of one segment, and one loop;
+    ``sqrt`` makes that least (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
 
     Args:
         model: Any looped model.
@@ -269,9 +271,13 @@ def last_states(
         before = state
 
         def segment(hidden: Hidden, before: LoopState = before, size: int = size) -> tuple[Hidden, Hidden]:
-            first = replace(before, hidden=hidden)
-            earlier, later = _last_two(unroll(model, first, size), first)
-            return earlier.hidden, later.hidden
+            earlier = later = hidden
+            for index in range(size):
+                step = partial(_step_hidden, model, replace(before, depth=before.depth + index))
+                # A segment of several that runs again keeps a state a loop, not what is in its loops.
+                following = step(later) if size == 1 else checkpoint(step, later, use_reentrant=False)
+                earlier, later = later, following
+            return earlier, later
 
         # The context is read from the closure: saved-tensor hooks find it there, and its gradient is exact.
         hidden, last = checkpoint(segment, before.hidden, use_reentrant=False)
@@ -279,6 +285,10 @@ def last_states(
         state = replace(before, hidden=last, depth=before.depth + size)
         left -= size
     return previous, state
+
+
+def _step_hidden(model: LoopedModel, before: LoopState, hidden: Hidden) -> Hidden:
+    return model.step(replace(before, hidden=hidden)).hidden
 
 
 def _last_two(states: Iterator[LoopState], previous: LoopState) -> tuple[LoopState, LoopState]:

@@ -98,8 +98,8 @@ class STARSObjective:
     unless the input is injected at every step.
     """
     checkpoint_loops: SegmentLength | None = None
-    """Activation checkpointing: keep one state every that many loops and compute the rest again in the backward pass;
-    ``sqrt``: every ⌈√t⌉; None: keep everything. See :func:`~looplm.loop.last_states`."""
+    """Activation checkpointing: keep one state every that many loops and compute the rest again in the backward pass,
+    once (1) or twice (more); ``sqrt``: every ⌈√t⌉; None: keep everything. See :func:`~looplm.loop.last_states`."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.penalty_weight <= 1:

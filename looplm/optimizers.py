@@ -67,7 +67,7 @@ class MuonAdamW(Optimizer):
         groups = [*self._muon.param_groups, *(self._adamw.param_groups if self._adamw else [])]
         super().__init__(groups, {})
         self._share()
-        self.register_load_state_dict_post_hook(lambda optimizer: optimizer._share())  # it makes new groups and state
+        self.register_load_state_dict_post_hook(_share_again)  # loading makes new groups and state
 
     def _share(self) -> None:
         """Let both read and write this optimiser's groups and state."""
@@ -86,3 +86,8 @@ class MuonAdamW(Optimizer):
         if self._adamw is not None:
             self._adamw.step()
         return loss
+
+
+def _share_again(optimizer: Optimizer) -> None:
+    assert isinstance(optimizer, MuonAdamW)
+    optimizer._share()
