@@ -128,6 +128,11 @@ def _looplm(argv: list[str], capfd: Any) -> None:
     elif command == "generate":
         assert main([*argv, "--num_rows", "20"]) == 0
         assert len(Path(rest[0]).read_text().splitlines()) == 20
+    elif command == "explore":  # it serves until it is stopped: tests/commands/test_explore_server.py
+        assert Path(rest[0]).is_dir()
+        with pytest.raises(SystemExit) as ended:
+            main([*argv, "--help"])
+        assert ended.value.code == 0
     elif command == "exits":
         assert main([*argv, "--num_loops", "2"]) == 0
     else:
@@ -168,6 +173,9 @@ def _check(words: list[str], capfd: Any) -> None:
         _looplm(argv[2:], capfd)
     elif program == "python" and argv[0].startswith("tests/"):
         _script(argv[0])
+    elif program == "python" and argv[0] == "-m" and argv[1].startswith("tests."):
+        module = Path(*argv[1].split("."))
+        _script(str(module / "__main__.py" if module.is_dir() else module.with_suffix(".py")))
     elif program == "torchrun":
         _torchrun(argv, capfd)
     elif program == "make":
