@@ -52,16 +52,15 @@ def read_graded(run_dir: Path) -> list[GradedCurve]:
         return []
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            rows = [
-                (row["source"], int(row["depth"]), *(float(row[name]) for name in ("accuracy", "low", "high")))
-                for row in csv.DictReader(file)
-            ]
+            found: dict[str, list[tuple[int, float, float, float]]] = {}
+            for row in csv.DictReader(file):
+                point = int(row["depth"]), float(row["accuracy"]), float(row["low"]), float(row["high"])
+                found.setdefault(row["source"], []).append(point)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} has no graded accuracy by depth ({type(error).__name__}: {error}).") from None
     curves = []
-    for source in dict.fromkeys(row[0] for row in rows):
-        columns = zip(*sorted(row[1:] for row in rows if row[0] == source), strict=True)
-        depths, accuracy, low, high = map(tuple, columns)
+    for source, points in found.items():
+        depths, accuracy, low, high = zip(*sorted(points), strict=True)
         name = run_dir.resolve().name
         curves.append(GradedCurve(run=name, source=source, depths=depths, accuracy=accuracy, low=low, high=high))
     return curves

@@ -320,7 +320,8 @@ class MathDataModule(L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Return the prompts of ``predict_file``, padded on the left."""
         collate = partial(prompt_batch, encoder=self.encoder, pad_id=self.tokenizer.pad_id)
-        return DataLoader(self.predict_questions, batch_size=self.eval_batch_size, collate_fn=collate)
+        questions: Any = self.predict_questions  # a list is a dataset to DataLoader, if not to its types
+        return DataLoader(questions, batch_size=self.eval_batch_size, collate_fn=collate)
 
     def predicted_lines(self, continuations: Iterable[Tensor]) -> list[str]:
         """Return what ``predict`` prints: a JSON object a question with ``question`` and ``answer``.
