@@ -137,7 +137,7 @@ def _looplm(argv: list[str], capfd: Any) -> None:
         assert main([*argv, "--num_loops", "2"]) == 0
     else:
         assert main(argv) == 0
-    if command == "predict":
+    if command == "predict" and not any("math" in word for word in argv):
         assert capfd.readouterr().out.startswith("123+456=")
 
 
