@@ -170,6 +170,21 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert "usage:" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_examples_of_the_help_parse(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(looplm.__file__).parents[1])
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    examples = re.findall(rf"^  python -m looplm ({command} .*)$", capsys.readouterr().out, re.M)
+    assert examples
+    for example in examples:
+        with pytest.raises(SystemExit) as ended:
+            main([*example.split(), "--print_config"])
+        assert ended.value.code == 0
+
+
 @pytest.mark.parametrize("argv", [[], ["-h"], ["--help"]])
 def test_help_names_every_command(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == 0

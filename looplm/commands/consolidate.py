@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,4 +34,7 @@ def run(argv: Sequence[str]) -> int:
         raise InputError(f"the output must be a new file, got {str(args.output)!r}.")
     content = read_sharded(args.checkpoint)
     save_whole(content, args.output)
+    sys.stdout.write(
+        f"written: {args.output}\nnext:    python -m looplm test --config CONFIG --ckpt_path {args.output}\n"
+    )
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,4 +46,9 @@ def run(argv: Sequence[str]) -> int:
     if args.dtype is not None:
         model.to(getattr(torch, args.dtype))
     save_pretrained(model, args.output, origin=origin, num_loops=args.num_loops)
+    sys.stdout.write(
+        f"written: {args.output}\n"
+        "next:    python -m looplm eval --model looplm "
+        f"--model_args pretrained={args.output},num_loops=8 --tasks gsm8k\n"
+    )
     return 0

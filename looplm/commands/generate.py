@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -65,4 +66,8 @@ def run(argv: Sequence[str]) -> int:
         raise
     except ValueError as error:
         raise InputError(str(error)) from None
+    sys.stdout.write(
+        f"written: {args.num_rows} problems to {args.output}\n"
+        f"next:    python -m looplm fit --config conf/math.yaml --data.init_args.train='[{{path: {args.output}}}]'\n"
+    )
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,4 +30,5 @@ def run(argv: Sequence[str]) -> int:
     """Run the command; for its options see ``--help``."""
     args = make_parser().parse_args(argv)
     save_checkpoint(from_pretrained(args.source), args.output)
+    sys.stdout.write(f"written: {args.output}\nnext:    python -m looplm explore {args.output}\n")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import json
 import os
@@ -16,6 +17,7 @@ from typing import Any, NoReturn
 
 import lightning as L
 import torch
+from jsonargparse import DefaultHelpFormatter
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -52,6 +54,33 @@ _IRRELEVANT_WARNINGS = (
     ".*LightningCLI's args parameter.*",  # we pass the process's own arguments
     ".*LeafSpec.* is deprecated.*",  # Lightning's own use of torch
 )
+
+
+_EXAMPLES = {
+    "fit": (
+        "--config conf/stars.yaml",
+        "--config conf/stars.yaml --config conf/overlays/ddp.yaml --trainer.max_steps=5000",
+        "--config conf/stars.yaml --model.objective.penalty_weight=0.1 --print_config",
+        "--config conf/stars.yaml --ckpt_path last",
+    ),
+    "validate": ("--config conf/stars.yaml",),
+    "test": ("--config conf/stars.yaml", "--config conf/math.yaml --config conf/eval/gsm8k.yaml"),
+    "predict": ("--config conf/stars.yaml --data.init_args.predict_file=problems.txt --model.predict_depth=16",),
+}
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """jsonargparse's help, the lines of the examples as they are written."""
+
+
+def _subcommand_options() -> dict[str, dict[str, Any]]:
+    return {
+        name: {
+            "allow_abbrev": False,
+            "epilog": "\n".join(["examples:", *(f"  python -m looplm {name} {line}" for line in lines)]),
+        }
+        for name, lines in _EXAMPLES.items()
+    }
 
 
 class _Parser(LightningArgumentParser):
@@ -316,7 +345,7 @@ def run(argv: Sequence[str]) -> LoopLMCLI:
             save_config_callback=SaveSettings,
             save_config_kwargs={"overwrite": True},
             parser_class=_Parser,
-            parser_kwargs={"allow_abbrev": False},
+            parser_kwargs={"allow_abbrev": False, "formatter_class": _HelpFormatter, **_subcommand_options()},
             args=list(argv),
         )
     except MisconfigurationException as error:  # Lightning's word for an error of the user's
