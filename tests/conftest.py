@@ -1,4 +1,4 @@
-"""Shared fixtures: a run so small that a training step takes milliseconds, and the browser in which pages are opened."""
+"""Shared fixtures: a run whose training step takes milliseconds, and the browser in which pages are opened."""
 
 from __future__ import annotations
 
