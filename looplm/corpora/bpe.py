@@ -90,16 +90,6 @@ class BPETokenizer(TextTokenizer):
         """Number of ids."""
         return self._learnt.get_vocab_size()
 
-    @property
-    def pad_id(self) -> int:
-        """Id of padding."""
-        return 0
-
-    @property
-    def end_id(self) -> int:
-        """Id that ends a solution."""
-        return 1
-
     def encode(self, texts: Sequence[str]) -> Sequence[Encoded]:
         """Return the tokens of each text."""
         return self._learnt.encode_batch(list(texts), add_special_tokens=False)

@@ -54,14 +54,14 @@ class TextTokenizer(ABC):
         """Number of ids, those of marks included."""
 
     @property
-    @abstractmethod
     def pad_id(self) -> int:
-        """Id of padding."""
+        """Id of padding; 0 unless the vocabulary is somebody else's."""
+        return 0
 
     @property
-    @abstractmethod
     def end_id(self) -> int:
-        """Id that ends a solution."""
+        """Id that ends a solution; 1 unless the vocabulary is somebody else's."""
+        return 1
 
     @property
     def unknown_id(self) -> int | None:
@@ -147,16 +147,6 @@ class ByteTokenizer(TextTokenizer):
         """256 bytes and two marks."""
         return 258
 
-    @property
-    def pad_id(self) -> int:
-        """Id of padding."""
-        return 0
-
-    @property
-    def end_id(self) -> int:
-        """Id that ends a solution."""
-        return 1
-
     def encode(self, texts: Sequence[str]) -> Sequence[Encoded]:
         """Return the bytes of each text; a lone surrogate, which is no text, becomes ``?``."""
         return [self._one(text) for text in texts]
@@ -222,16 +212,6 @@ class CorpusCharTokenizer(TextTokenizer):
     def vocab_size(self) -> int:
         """Number of characters and three marks."""
         return len(self._alphabet) + 3
-
-    @property
-    def pad_id(self) -> int:
-        """Id of padding."""
-        return 0
-
-    @property
-    def end_id(self) -> int:
-        """Id that ends a solution."""
-        return 1
 
     @property
     def unknown_id(self) -> int | None:
