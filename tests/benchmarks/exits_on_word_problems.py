@@ -9,6 +9,7 @@ confidence exits at several thresholds, on the test sources of a run of ``conf/m
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,10 @@ from looplm.commands.run_data import read_run_data
 from looplm.corpora.grading import grade
 
 NUM_LOOPS = 12
-RULES: dict[str, list[ExitRule]] = {
-    "residual": [ResidualExit(tolerance) for tolerance in (0.5, 0.3, 0.2, 0.1, 0.05)],
-    "kl": [KLExit(threshold) for threshold in (0.1, 0.03, 0.01, 0.003, 0.001)],
-    "confidence": [ConfidenceExit(threshold) for threshold in (0.9, 0.97, 0.99, 0.997)],
+RULES: dict[str, tuple[Callable[[float], ExitRule], tuple[float, ...]]] = {
+    "residual": (ResidualExit, (0.5, 0.3, 0.2, 0.1, 0.05)),
+    "kl": (KLExit, (0.1, 0.03, 0.01, 0.003, 0.001)),
+    "confidence": (ConfidenceExit, (0.9, 0.97, 0.99, 0.997)),
 }
 
 
@@ -63,9 +64,9 @@ def main(run: Path) -> None:
 
         for depth in (1, 2, 3, 4, 6, 8):
             measure(f"fixed {depth}", depth, None)
-        for name, rules in RULES.items():
-            for rule in rules:
-                measure(f"{name} {next(iter(vars(rule).values())):g}", NUM_LOOPS, rule)
+        for name, (make, thresholds) in RULES.items():
+            for threshold in thresholds:
+                measure(f"{name} {threshold:g}", NUM_LOOPS, make(threshold))
 
 
 if __name__ == "__main__":
