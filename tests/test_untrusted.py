@@ -283,6 +283,7 @@ def test_empty_directories_of_every_kind_can_be_exported_into(folders, monkeypat
     assert same_weights(from_pretrained(folders / "real"), load_checkpoint(folders / "a.ckpt"))
     (folders / "here").mkdir()
     monkeypatch.chdir(folders / "here")
+    capsys.readouterr()
     for name in (".", "../here"):
         assert "must not be the current directory" in refused(capsys, "export", folders / "a.ckpt", name)
     assert list(Path.cwd().iterdir()) == []
