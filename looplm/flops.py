@@ -33,9 +33,8 @@ def _step(config: LoopedConfig, batch_size: int, length: int) -> int:
     return injection + config.num_core_layers * _block(config, batch_size, length)
 
 
-def _decode(config: LoopedConfig, batch_size: int, length: int) -> int:
-    head = 2 * batch_size * length * config.width * config.vocab_size
-    return config.num_coda_layers * _block(config, batch_size, length) + head
+def _head(config: LoopedConfig, num_logits: int) -> int:
+    return 2 * num_logits * config.width * config.vocab_size
 
 
 def _without_input_gradient(config: LoopedConfig, batch_size: int, length: int) -> int:
@@ -47,7 +46,9 @@ def _without_input_gradient(config: LoopedConfig, batch_size: int, length: int) 
     return 0 if has_gain or config.input_injection != "none" else _qkv(config, batch_size, length)
 
 
-def forward_flops(config: LoopedConfig, batch_size: int, length: int, num_loops: int) -> int:
+def forward_flops(
+    config: LoopedConfig, batch_size: int, length: int, num_loops: int, num_logits: int | None = None
+) -> int:
     """Return the FLOPs of a forward pass without a cache.
 
     Args:
@@ -55,19 +56,25 @@ def forward_flops(config: LoopedConfig, batch_size: int, length: int, num_loops:
         batch_size: B, sequences.
         length: T, tokens a sequence, padding included.
         num_loops: Loops that are run.
+        num_logits: Positions whose logits are computed: in training those with a label; None: all B·T.
 
     Example:
         >>> config = LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2, ffn_width=32)
         >>> forward_flops(config, 2, 5, 4) - forward_flops(config, 2, 5, 3)  # a loop
         44160
     """
-    prelude = config.num_prelude_layers * _block(config, batch_size, length)
+    outer = (config.num_prelude_layers + config.num_coda_layers) * _block(config, batch_size, length)
     loops = num_loops * _step(config, batch_size, length)
-    return prelude + loops + _decode(config, batch_size, length)
+    return outer + loops + _head(config, batch_size * length if num_logits is None else num_logits)
 
 
 def training_flops(
-    config: LoopedConfig, batch_size: int, length: int, num_loops: int, backprop_loops: int | None = None
+    config: LoopedConfig,
+    batch_size: int,
+    length: int,
+    num_loops: int,
+    backprop_loops: int | None = None,
+    num_logits: int | None = None,
 ) -> int:
     """Return the FLOPs of a forward and a backward pass at the depth that is run.
 
@@ -81,7 +88,7 @@ def training_flops(
         >>> training_flops(config, 2, 5, 100, backprop_loops=2) - training_flops(config, 2, 5, 99, backprop_loops=2)
         44160
     """
-    forward = forward_flops(config, batch_size, length, num_loops)
+    forward = forward_flops(config, batch_size, length, num_loops, num_logits)
     if backprop_loops is None or num_loops <= backprop_loops:
         return 3 * forward
     backward = forward - (num_loops - backprop_loops) * _step(config, batch_size, length)

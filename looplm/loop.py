@@ -143,8 +143,8 @@ class CachedLoopedModel(LoopedModel, Protocol):
         """Like :meth:`LoopedModel.step`, with the keys and values of loop ``state.depth``."""
         ...
 
-    def decode(self, state: LoopState, cache: Any = None, num_logits: int | None = None) -> Tensor:
-        """Like :meth:`LoopedModel.decode`, for the last ``num_logits`` positions alone where given."""
+    def decode(self, state: LoopState, cache: Any = None, logits_to_keep: int | Tensor | None = None) -> Tensor:
+        """Like :meth:`LoopedModel.decode`, for the last positions alone, or those of a bool ``(B, T)``, where given."""
         ...
 
 

@@ -164,21 +164,26 @@ class LoopedTransformer(nn.Module):
             hidden = self._blocks(self.core, hidden, state.context, slots)
         return state.advance(self.final_norm(hidden) if self.config.loop_norm else hidden)
 
-    def decode(self, state: LoopState, cache: LoopKVCache | None = None, num_logits: int | None = None) -> Tensor:
+    def decode(
+        self, state: LoopState, cache: LoopKVCache | None = None, logits_to_keep: int | Tensor | None = None
+    ) -> Tensor:
         """Coda, final norm and head: return logits ``(B, T, V)``.
 
         Args:
             state: The state.
             cache: What ``embed`` was given; holds the coda's keys and values.
-            num_logits: Only the last that many positions; None: all T.
+            logits_to_keep: Only the last that many positions, ``(B, n, V)``; or only those where a bool ``(B, T)`` is
+                True, ``(N, V)`` in the order of the rows; None: all T.
         """
         hidden = self.final_norm(state.hidden) if self.config.coda_norm else state.hidden
         first = len(self.prelude)
         indices = range(first, first + len(self.coda))
         slots = [None for _ in indices] if cache is None else [cache.outer_slot(layer) for layer in indices]
         hidden = self._blocks(self.coda, hidden, state.context, slots)
-        if num_logits is not None:
-            hidden = hidden[:, -num_logits:]
+        if isinstance(logits_to_keep, Tensor):
+            hidden = hidden[logits_to_keep]
+        elif logits_to_keep is not None:
+            hidden = hidden[:, -logits_to_keep:]
         if not self.config.loop_norm or len(self.coda) > 0:
             hidden = self.final_norm(hidden)
         return F.linear(hidden, self.token_embedding.weight if self.head is None else self.head.weight)

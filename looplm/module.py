@@ -209,9 +209,11 @@ class LoopLM(L.LightningModule):
         """See :meth:`~looplm.model.LoopedTransformer.step`."""
         return self.model.step(state, cache)
 
-    def decode(self, state: LoopState, cache: LoopKVCache | None = None, num_logits: int | None = None) -> Tensor:
+    def decode(
+        self, state: LoopState, cache: LoopKVCache | None = None, logits_to_keep: int | Tensor | None = None
+    ) -> Tensor:
         """See :meth:`~looplm.model.LoopedTransformer.decode`."""
-        return self.model.decode(state, cache, num_logits)
+        return self.model.decode(state, cache, logits_to_keep)
 
     def exit_logit(self, state: LoopState) -> Tensor:
         """See :meth:`~looplm.model.LoopedTransformer.exit_logit`."""
@@ -253,8 +255,7 @@ class LoopLM(L.LightningModule):
         torch.manual_seed(key.fold("dropout"))
         out = self.objective(self.model, batch, key, count_labels(batch["labels"], self.trainer))
         self.loops_per_batch, self.flops_per_batch = out.depth, self._count_flops(batch["input_ids"], out)
-        right = (out.logits.argmax(-1) == batch["labels"]) | (batch["labels"] == -100)
-        exact_match = _share_all_right(right, batch.get("attention_mask"))
+        exact_match = _share_all_right(out.preds == batch["labels"], batch.get("attention_mask"))
         shown: dict[str, Any] = {"loss": out.loss.detach(), "exact_match": exact_match}
         if out.penalty is not None:
             shown["penalty"] = out.penalty
@@ -267,7 +268,7 @@ class LoopLM(L.LightningModule):
 
     def _count_flops(self, inputs: Tensor, out: ObjectiveOutput) -> int:
         batch_size, length = inputs.shape
-        flops = training_flops(self.config, batch_size, length, out.depth, self.objective.backprop_loops)
+        flops = training_flops(self.config, batch_size, length, out.depth, self.objective.backprop_loops, out.num_preds)
         if self.objective.penalty is None or out.penalty is None:
             return flops
         return flops + penalty_flops(self.config, batch_size, length, self.objective.penalty)

@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from looplm.depth import DepthSampler
-from looplm.loop import LoopedModel, LoopState, SegmentLength, last_states
+from looplm.loop import CachedLoopedModel, LoopedModel, LoopState, SegmentLength, last_states
 from looplm.randomness import StepKey
 from looplm.stability.penalty import Penalty
 
@@ -46,8 +47,10 @@ class ObjectiveOutput:
     """λ in force."""
     depth: int
     """Number of loops that were run."""
-    logits: Tensor
-    """At ``depth``, detached, ``(B, T, V)``."""
+    preds: Tensor
+    """The likeliest token at each labelled position, −100 elsewhere; of the labels' shape."""
+    num_preds: int
+    """Labelled positions, over whose logits the loss was computed."""
 
 
 @contextlib.contextmanager
@@ -143,12 +146,16 @@ class STARSObjective:
                 Where gradients are averaged over processes, the mean number over these gives the mean over all tokens.
         """
         depth = self.depth_sampler.sample(key)
+        labelled = batch["labels"] != -100
         state = model.embed(batch["input_ids"], batch.get("attention_mask"))
         previous, state = last_states(model, state, depth, self.backprop_loops, self.checkpoint_loops)
-        logits = model.decode(state)
-        labels = batch["labels"].flatten()
-        losses = F.cross_entropy(logits.flatten(0, -2).float(), labels, ignore_index=-100, reduction="sum")
-        count = (labels != -100).sum() if num_labels is None else num_labels
+        # A question's tokens have no label: a large vocabulary's logits there would be a good part of a step.
+        if isinstance(model, CachedLoopedModel):
+            logits = model.decode(state, logits_to_keep=labelled)
+        else:
+            logits = model.decode(state)[labelled]
+        losses = F.cross_entropy(logits.float(), batch["labels"][labelled], reduction="sum")
+        count = labelled.sum() if num_labels is None else num_labels
         cross_entropy = losses / count.masked_fill(count == 0, 1)  # a batch without labels gives 0, not NaN
         weight = self.weight_at(key.optimizer_step)
         penalty = None
@@ -162,7 +169,8 @@ class STARSObjective:
             penalty=None if penalty is None else penalty.detach(),
             penalty_weight=weight,
             depth=depth,
-            logits=logits.detach(),
+            preds=torch.full_like(batch["labels"], -100).masked_scatter_(labelled, logits.detach().argmax(-1)),
+            num_preds=len(logits),
         )
 
 

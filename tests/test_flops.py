@@ -20,7 +20,8 @@ from looplm.stability.penalty import JacobianPenalty, LastStepPenalty, Penalty
 
 SIZE: dict[str, Any] = {"vocab_size": 11, "max_positions": 8, "width": 16, "num_heads": 4, "ffn_width": 24}
 KEY = StepKey(seed=0, micro_batch=0, optimizer_step=0, rank=0)
-BATCH, LENGTH = 6, 5
+BATCH, LENGTH, UNLABELLED = 6, 5, 2
+NUM_LABELS = BATCH * (LENGTH - UNLABELLED)
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -62,7 +63,9 @@ def _step(config: LoopedConfig, num_loops: int, **objective: Any) -> int:
     model = LoopedTransformer(config)
     tokens = torch.randint(11, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
     run = STARSObjective(depth_sampler=FixedDepth(num_loops), **objective)
-    batch = {"input_ids": tokens, "labels": tokens}
+    labels = tokens.clone()
+    labels[:, :UNLABELLED] = -100
+    batch = {"input_ids": tokens, "labels": labels}
     if "penalty" not in objective:
         return _counted(lambda: run(model, batch, KEY).loss.backward())
     with sdpa_kernel(SDPBackend.MATH), _ProductCounter() as counter:
@@ -87,7 +90,7 @@ def test_a_training_step_is_counted_exactly_at_every_depth(name: str, backprop_l
     config = _config(name)
     for num_loops in (1, 2, 7):
         counted = _step(config, num_loops, backprop_loops=backprop_loops)
-        assert training_flops(config, BATCH, LENGTH, num_loops, backprop_loops) == counted
+        assert training_flops(config, BATCH, LENGTH, num_loops, backprop_loops, NUM_LABELS) == counted
 
 
 @pytest.mark.parametrize(
@@ -104,7 +107,8 @@ def test_a_training_step_is_counted_exactly_at_every_depth(name: str, backprop_l
 def test_the_products_of_a_penalty_are_counted_exactly(name: str, penalty: Penalty) -> None:
     config = _config(name)
     counted = _step(config, 3, penalty=penalty, penalty_weight=0.1)
-    assert training_flops(config, BATCH, LENGTH, 3) + penalty_flops(config, BATCH, LENGTH, penalty) == counted
+    step = training_flops(config, BATCH, LENGTH, 3, num_logits=NUM_LABELS)
+    assert step + penalty_flops(config, BATCH, LENGTH, penalty) == counted
 
 
 def test_loops_ahead_of_the_state_count_at_their_mean() -> None:

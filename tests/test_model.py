@@ -153,6 +153,15 @@ def test_head_shares_the_embedding_only_when_tied(tie_embeddings, tokens):
     assert any(name.startswith("head") for name, _ in model.named_parameters()) != tie_embeddings
 
 
+def test_logits_of_some_positions_are_those_of_all(tokens):
+    model = build(num_coda_layers=1)
+    reached = model.embed(tokens)
+    logits = model.decode(reached)
+    where = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0)) < 0.4
+    torch.testing.assert_close(model.decode(reached, logits_to_keep=where), logits[where])
+    torch.testing.assert_close(model.decode(reached, logits_to_keep=2), logits[:, -2:])
+
+
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
 def test_step_is_pure_and_counts_depth(positions, tokens):
     model = build(positions=positions, input_injection="linear")

@@ -110,7 +110,29 @@ def test_without_penalty_the_loss_is_cross_entropy(model, batch):
     assert out.penalty is None
     assert out.loss.item() == pytest.approx(cross_entropy(model, batch, 2).item(), rel=1e-6)
     assert out.loss.item() == out.cross_entropy.item()
-    assert not out.logits.requires_grad
+    assert out.num_preds == batch["labels"].ne(-100).sum()
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_coda_layers": 1}, {"tie_embeddings": False}])
+def test_logits_of_labelled_positions_alone_give_the_same_loss_and_gradient(batch, changes):
+    model = transformer(**changes).eval()
+    out = STARSObjective(depth_sampler=FixedDepth(2))(model, batch, KEY)
+    expected = cross_entropy(model, batch, 2)
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    torch.testing.assert_close(
+        torch.autograd.grad(out.loss, parameters), torch.autograd.grad(expected, parameters), rtol=1e-5, atol=1e-7
+    )
+    best = model(batch["input_ids"], 2).argmax(-1)
+    assert torch.equal(out.preds, best.masked_fill(batch["labels"] == -100, -100))
+
+
+def test_a_batch_without_labels_has_no_loss_and_zero_gradients(batch):
+    model = transformer()
+    out = STARSObjective(depth_sampler=FixedDepth(2))(model, {**batch, "labels": batch["labels"] * 0 - 100}, KEY)
+    out.loss.backward()
+    assert (out.loss, out.num_preds) == (0, 0)
+    assert all(not parameter.grad.any() for parameter in model.core.parameters())
 
 
 def test_weight_starts_ramps_and_stays():
@@ -256,7 +278,7 @@ def test_dropout_is_off_inside_the_penalty_only(batch, method):
     objective = STARSObjective(depth_sampler=FixedDepth(1), penalty=JacobianPenalty(method=method), penalty_weight=0.5)
     first, second = objective(model, batch, KEY), objective(model, batch, KEY)
     assert first.penalty.item() == pytest.approx(0.25)
-    assert not torch.equal(first.logits, second.logits)
+    assert first.cross_entropy != second.cross_entropy
 
 
 @pytest.mark.parametrize("penalty", [JacobianPenalty(), Failing()])

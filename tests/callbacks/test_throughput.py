@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -79,17 +80,20 @@ def test_operations_follow_the_depths_that_were_drawn(tmp_path: Path) -> None:
         penalty_start_step=3,
         backprop_loops=4,
     )
-    data = ArithmeticDataModule(min_digits=2, max_digits=2, batch_size=8, num_val=8, num_test=8)
+    data, again = (
+        ArithmeticDataModule(min_digits=2, max_digits=2, batch_size=8, num_val=8, num_test=8) for _ in range(2)
+    )
     size = {"vocab_size": data.vocab_size, "max_positions": data.max_positions}
     module = LoopLM(LoopedConfig(**size, width=16, num_heads=2, ffn_width=32), objective)
     options = {"max_steps": 6, "log_every_n_steps": 1, "limit_val_batches": 0}
     rows = _fit(tmp_path, ThroughputMeter(peak_flops=1e12), module, {"datamodule": data}, **options)
     assert len(rows) == 6
-    length = next(iter(data.train_dataloader()))["input_ids"].shape[1]
+    batches = list(islice(again.train_dataloader(), 6))
     depths = [int(float(row["train/depth"])) for row in rows]
     assert len(set(depths)) > 2
-    for step, (depth, row) in enumerate(zip(depths, rows, strict=True)):
-        expected = training_flops(module.config, 8, length, depth, 4)
+    for step, (batch, depth, row) in enumerate(zip(batches, depths, rows, strict=True)):
+        length, num_labels = batch["input_ids"].shape[1], int((batch["labels"] != -100).sum())
+        expected = training_flops(module.config, 8, length, depth, 4, num_labels)
         expected += penalty_flops(module.config, 8, length, penalty) if step >= 3 else 0
         assert float(row["train/flops_per_step"]) == pytest.approx(expected, rel=1e-6)
         # Both have the same time below the line.
