@@ -296,6 +296,7 @@ def _is_free(lock: Path) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments_lose_and_repeat_no_finished_run(study: Path) -> None:
     root, rows = study.parent / "runs", study.parent / "study.csv"
     argv = _sweep(study, "--seeds", "1", "--jobs", "2", "--rows", str(rows))

@@ -169,8 +169,15 @@ def processes_of(folder: Path) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-@pytest.mark.parametrize("victim", ["child", "parent"])
+@pytest.mark.parametrize(
+    ("victim", "strategy"),
+    [
+        ("child", "fsdp"),
+        ("parent", "ddp"),
+        pytest.param("child", "ddp", marks=pytest.mark.slow),
+        pytest.param("parent", "fsdp", marks=pytest.mark.slow),
+    ],
+)
 def test_loss_of_a_rank_ends_the_run_and_leaves_no_process(
     base: Path, tmp_path: Path, strategy: str, victim: str
 ) -> None:
