@@ -60,8 +60,8 @@ _HOME = {
     "generate_with_loops": "looplm.generation",
     "inspect_depths": "looplm.inspection",
     "inspect_exits": "looplm.inspection",
-    "log_likelihoods_at_depths": "looplm.generation",
-    "predictions_at_depths": "looplm.generation",
+    "log_likelihoods_at_depths": "looplm.scoring",
+    "predictions_at_depths": "looplm.scoring",
     "save_pretrained": "looplm.checkpoints",
     "stream_tokens": "looplm.generation",
     "unroll": "looplm.loop",
@@ -108,8 +108,6 @@ if TYPE_CHECKING:
         generate,
         generate_at_depths,
         generate_with_loops,
-        log_likelihoods_at_depths,
-        predictions_at_depths,
         stream_tokens,
     )
     from looplm.inspection import inspect_depths, inspect_exits
@@ -119,6 +117,7 @@ if TYPE_CHECKING:
     from looplm.module import LoopLM
     from looplm.objective import STARSObjective
     from looplm.optimizers import MuonAdamW
+    from looplm.scoring import log_likelihoods_at_depths, predictions_at_depths
     from looplm.stability.penalty import JacobianPenalty, LastStepPenalty, StarsReleasePenalty
     from looplm.strategy import ShardedStrategy
 

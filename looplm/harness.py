@@ -20,8 +20,9 @@ from torch import Tensor
 from looplm.carried_tokenizer import begin_and_ends, carried_tokenizer
 from looplm.checkpoints import load_model
 from looplm.errors import InputError
-from looplm.generation import GenerationOptions, log_likelihoods_at_depths, stream_tokens
+from looplm.generation import GenerationOptions, stream_tokens
 from looplm.origin import Origin
+from looplm.scoring import log_likelihoods_at_depths
 
 _AVAILABLE = RequirementCache("lm-eval>=0.4.9"), RequirementCache("tokenizers>=0.21")
 if not all(_AVAILABLE):

@@ -23,13 +23,14 @@ from looplm.config import LoopedConfig
 from looplm.depth import LogNormalDepth
 from looplm.errors import InputError
 from looplm.flops import penalty_flops, training_flops
-from looplm.generation import generate, generate_at_depths, predictions_at_depths
+from looplm.generation import generate, generate_at_depths
 from looplm.loop import Hidden, LoopState, check_depths
 from looplm.model import LoopedTransformer
 from looplm.objective import ObjectiveOutput, STARSObjective
 from looplm.origin import pack_origin
 from looplm.parallel import choose_product, count_labels, shard_looped
 from looplm.randomness import StepKey
+from looplm.scoring import predictions_at_depths
 
 __all__ = ["LRSchedule", "LoopLM"]
 

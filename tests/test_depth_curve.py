@@ -10,10 +10,11 @@ import torch
 from looplm.cli import main
 from looplm.config import LoopedConfig
 from looplm.corpora.arithmetic import ArithmeticDataModule
-from looplm.generation import generate, predictions_at_depths
+from looplm.generation import generate
 from looplm.loop import unroll
 from looplm.metrics import DepthExactMatch
 from looplm.model import LoopedTransformer
+from looplm.scoring import predictions_at_depths
 
 DEPTHS = list(range(0, 101, 2))
 

@@ -9,11 +9,10 @@ from looplm.generation import (
     generate,
     generate_at_depths,
     generate_with_loops,
-    log_likelihoods_at_depths,
-    predictions_at_depths,
     stream_tokens,
 )
 from looplm.model import LoopedTransformer
+from looplm.scoring import log_likelihoods_at_depths, predictions_at_depths
 
 VOCAB, END = 5, 0
 

@@ -29,6 +29,7 @@ RANKS = {
     "carried_tokenizer": 2,
     "exits": 0,
     "sampling": 0,
+    "scoring": 1,
     "depth": 0,
     "stability": 0,
     "dynamics": 1,
@@ -137,6 +138,7 @@ def test_only_figures_imports_matplotlib() -> None:
         # The science knows no trainer.
         ("objective", {"model", "layers", "module", "lightning"}),
         ("generation", {"model", "layers", "module", "lightning"}),
+        ("scoring", {"model", "layers", "cache", "generation", "lightning"}),
         ("decoding", {"model", "layers", "cache", "module", "lightning"}),
         ("model", {"objective", "corpora", "lightning"}),
     ],

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from looplm.corpora.arithmetic import ArithmeticDataModule
-from looplm.generation import predictions_at_depths
+from looplm.scoring import predictions_at_depths
 
 from .authors_procedure import PlainLoopedTransformer, plain_answer
 from .timing import Row, ratio_of, timed

@@ -18,8 +18,8 @@ import yaml
 
 from looplm.checkpoints import load_checkpoint
 from looplm.corpora.arithmetic import ArithmeticDataModule
-from looplm.generation import predictions_at_depths
 from looplm.model import LoopedTransformer
+from looplm.scoring import predictions_at_depths
 
 DEPTHS = [2, 4, 8, 16, 32, 64, 128, 256]
 
