@@ -1,4 +1,4 @@
-"""Accuracy as a function of depth. Knows predictions and labels, not models."""
+"""Accuracy: by depth, and of one training batch. Knows predictions and labels, not models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-__all__ = ["DepthExactMatch", "DepthSettling", "DepthTokenAccuracy", "depth_summary"]
+__all__ = ["DepthExactMatch", "DepthSettling", "DepthTokenAccuracy", "depth_summary", "share_all_right"]
 
 
 def _check_shapes(depth_preds: Tensor, labels: Tensor, num_depths: int) -> None:
@@ -224,3 +224,24 @@ def depth_summary(
                 summary[f"settling_depth_{name}"] = float(next(reached))
         summary["escapes"] = float(escaped[-1])
     return summary
+
+
+def share_all_right(right: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Return the share of sequences that are right throughout; where rows are packed, of their documents.
+
+    Args:
+        right: Whether a token is right or not asked for, ``(B, T)``.
+        attention_mask: ``(B, T)``; integers number the documents of a row, 0 is padding.
+
+    Example:
+        >>> right = torch.tensor([[True, True, False, True]])
+        >>> share_all_right(right, None).item(), share_all_right(right, torch.tensor([[1, 1, 2, 0]])).item()
+        (0.0, 0.5)
+    """
+    if attention_mask is None or attention_mask.dtype == torch.bool or attention_mask.is_floating_point():
+        return right.all(-1).float().mean()
+    documents = attention_mask.long().clamp(max=right.shape[1])  # not their maximum, which a GPU would have to tell
+    counts = torch.zeros(len(right), right.shape[1] + 1, device=right.device)
+    tokens = counts.scatter_add(1, documents, torch.ones_like(counts[:, 1:]))[:, 1:]
+    wrong = counts.scatter_add(1, documents, (~right).float())[:, 1:]
+    return ((wrong == 0) & (tokens > 0)).sum() / (tokens > 0).sum().clamp_min(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -25,6 +25,8 @@ from looplm.errors import InputError
 from looplm.flops import penalty_flops, training_flops
 from looplm.generation import generate, generate_at_depths
 from looplm.loop import Hidden, LoopState, check_depths
+from looplm.lr_schedule import LRSchedule
+from looplm.metrics import share_all_right
 from looplm.model import LoopedTransformer
 from looplm.objective import ObjectiveOutput, STARSObjective
 from looplm.origin import pack_origin
@@ -32,47 +34,7 @@ from looplm.parallel import choose_product, count_labels, shard_looped
 from looplm.randomness import StepKey
 from looplm.scoring import predictions_at_depths
 
-__all__ = ["LRSchedule", "LoopLM"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LRSchedule:
-    """Linear warm-up, then cosine decay until the last optimiser step, or constant and linear decay at the end.
-
-    ``factor(s) = (s + 1) / warmup_steps`` before ``warmup_steps``, then
-    ``min_ratio + (1 − min_ratio)·(1 + cos(π·(s − warmup_steps) / (max_steps − warmup_steps))) / 2``. With
-    ``decay_steps`` instead ``min_ratio + (1 − min_ratio)·min(1, (max_steps − s) / decay_steps)``
-    (warm-up–stable–decay, arXiv 2404.06395).
-
-    Example:
-        >>> [LRSchedule(warmup_steps=2, decay_steps=4).factor(step, 10) for step in (0, 1, 5, 6, 8, 10)]
-        [0.5, 1.0, 1.0, 1.0, 0.5, 0.0]
-    """
-
-    warmup_steps: int = 0
-    """Optimiser steps until the full learning rate."""
-    min_ratio: float = 0.0
-    """Learning rate at the end, as a share of the full one."""
-    decay_steps: int | None = None
-    """Optimiser steps of linear decay at the end, after a constant rate; None: cosine decay from the warm-up on."""
-
-    def __post_init__(self) -> None:
-        if self.warmup_steps < 0:
-            raise ValueError(f"`warmup_steps` must be >= 0, got {self.warmup_steps}.")
-        if self.decay_steps is not None and self.decay_steps < 1:
-            raise ValueError(f"`decay_steps` must be >= 1, got {self.decay_steps}.")
-        if not 0 <= self.min_ratio <= 1:
-            raise ValueError(f"`min_ratio` must be in [0, 1], got {self.min_ratio}.")
-
-    def factor(self, step: int, max_steps: int) -> float:
-        """Return the share of the full learning rate at an optimiser step."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        if self.decay_steps is not None:
-            left = min(max(max_steps - step, 0) / self.decay_steps, 1.0)
-            return self.min_ratio + (1 - self.min_ratio) * left
-        progress = min((step - self.warmup_steps) / max(max_steps - self.warmup_steps, 1), 1.0)
-        return self.min_ratio + (1 - self.min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+__all__ = ["LoopLM"]
 
 
 def _pretrained(config: LoopedConfig, source: str) -> LoopedTransformer:
@@ -144,7 +106,7 @@ class LoopLM(L.LightningModule):
         config: LoopedConfig,
         objective: STARSObjective = STARSObjective(depth_sampler=LogNormalDepth()),  # noqa: B008 - immutable
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3),
-        lr_schedule: LRSchedule = LRSchedule(),
+        lr_schedule: LRSchedule = LRSchedule(),  # noqa: B008 - immutable
         val_depths: list[int] = [1, 2, 4, 8, 16, 32, 64],  # noqa: B006 - read only
         test_depths: list[int] = [0, 1, 2, 4, 8, 16, 32, 64, 100],  # noqa: B006 - read only
         predict_depth: int = 8,
@@ -256,7 +218,7 @@ class LoopLM(L.LightningModule):
         torch.manual_seed(key.fold("dropout"))
         out = self.objective(self.model, batch, key, count_labels(batch["labels"], self.trainer))
         self.loops_per_batch, self.flops_per_batch = out.depth, self._count_flops(batch["input_ids"], out)
-        exact_match = _share_all_right(out.preds == batch["labels"], batch.get("attention_mask"))
+        exact_match = share_all_right(out.preds == batch["labels"], batch.get("attention_mask"))
         shown: dict[str, Any] = {"loss": out.loss.detach(), "exact_match": exact_match}
         if out.penalty is not None:
             shown["penalty"] = out.penalty
@@ -404,19 +366,3 @@ class LoopLM(L.LightningModule):
                 f"the checkpoint's weights are not those of its architecture: {unmatched} on one side only."
             )
         self._num_trained_steps = int(checkpoint.get("global_step", 0))
-
-
-def _share_all_right(right: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Return the share of sequences that are right throughout; where rows are packed, of their documents.
-
-    Args:
-        right: Whether a token is right or not asked for, ``(B, T)``.
-        attention_mask: ``(B, T)``; integers number the documents of a row, 0 is padding.
-    """
-    if attention_mask is None or attention_mask.dtype == torch.bool or attention_mask.is_floating_point():
-        return right.all(-1).float().mean()
-    documents = attention_mask.long().clamp(max=right.shape[1])  # not their maximum, which a GPU would have to tell
-    counts = torch.zeros(len(right), right.shape[1] + 1, device=right.device)
-    tokens = counts.scatter_add(1, documents, torch.ones_like(counts[:, 1:]))[:, 1:]
-    wrong = counts.scatter_add(1, documents, (~right).float())[:, 1:]
-    return ((wrong == 0) & (tokens > 0)).sum() / (tokens > 0).sum().clamp_min(1)

@@ -19,6 +19,7 @@ RANKS = {
     "randomness": -1,
     "untrusted": -1,
     "loop": 0,
+    "lr_schedule": 0,
     "config": 0,
     "cache": 0,
     "compilation": 0,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from looplm import ArithmeticDataModule, FixedDepth, LoopedConfig, LoopedModel, LoopLM, STARSObjective
 from looplm.errors import InputError
-from looplm.module import LRSchedule
+from looplm.lr_schedule import LRSchedule
 
 SIZES = {"width": 16, "num_heads": 2, "ffn_width": 32, "dropout": 0.0}
 

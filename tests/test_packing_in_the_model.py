@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from looplm import JacobianPenalty, LoopedConfig, LoopedTransformer, STARSObjective, UniformDepth
-from looplm.module import _share_all_right
+from looplm.metrics import share_all_right
 from looplm.randomness import StepKey
 
 KINDS = {
@@ -118,5 +118,5 @@ def test_objective_with_its_penalty_takes_packed_rows() -> None:
 def test_exact_match_counts_documents() -> None:
     right = torch.tensor([[True, True, False, True, True], [True, True, True, False, False]])
     numbers = torch.tensor([[1, 1, 2, 2, 3], [1, 1, 1, 0, 0]])
-    assert _share_all_right(right, numbers).item() == 0.75
-    assert _share_all_right(right, None).item() == 0.0
+    assert share_all_right(right, numbers).item() == 0.75
+    assert share_all_right(right, None).item() == 0.0

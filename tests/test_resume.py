@@ -29,7 +29,7 @@ from looplm import (
 from looplm.cli import main
 from looplm.corpora.arithmetic import DigitStage
 from looplm.depth import DepthStage
-from looplm.module import LRSchedule
+from looplm.lr_schedule import LRSchedule
 
 
 class _Stop(Exception):
