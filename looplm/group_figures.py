@@ -83,7 +83,7 @@ def bands_by_depth(
             axes.axhline(threshold, label=f"{threshold:g}, marked", **dashes)
     for index, (name, (depths, mean, least, greatest)) in enumerate(bands.items()):
         axes = grid[0 if together else index]
-        style = line_style(index, len(bands)) if together else {"color": COLOURS[0], "linewidth": 1.8}
+        style = line_style(index, len(bands), mean) if together else {"color": COLOURS[0], "linewidth": 1.8}
         if not together:
             # One broken line: a line for each would be hundreds of objects, which take seconds to draw.
             x, y = (np.concatenate([[*band[axis], np.nan] for band in bands.values()]) for axis in (0, 1))

@@ -11,11 +11,17 @@ from matplotlib.figure import Figure
 from looplm.figures import (
     accuracy_and_stability,
     depth_curves,
-    eigenvalue_plane,
-    latent_paths,
     quantity_by_depth,
     settling_by_depth,
 )
+from looplm.group_figures import bands_by_depth
+from looplm.state_figures import eigenvalue_plane, latent_paths
+
+
+def _png(figure: Figure) -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return content.getvalue()
 
 
 def test_lines_are_the_curves_in_percent() -> None:
@@ -47,6 +53,10 @@ def test_curves_can_be_told_apart(number: int) -> None:
     assert len(looks) == number
 
 
+def test_a_single_point_is_seen() -> None:
+    assert _png(depth_curves({"run": ([4], [0.5])})) != _png(depth_curves({"run": ([4], [float("nan")])}))
+
+
 def test_axes_and_title_are_labelled_as_asked() -> None:
     axes = depth_curves({"a": ([1], [0.5])}, title="Title", ylabel="token accuracy (%)").axes[0]
     assert (axes.get_title(), axes.get_ylabel()) == ("Title", "token accuracy (%)")
@@ -55,21 +65,14 @@ def test_axes_and_title_are_labelled_as_asked() -> None:
 
 @pytest.mark.parametrize("depths", [[0], [0, 1], [3], [0, 100_000]])
 def test_any_range_of_depths_can_be_drawn(depths: list[int]) -> None:
-    content = io.BytesIO()
-    depth_curves({"run": (depths, [0.5] * len(depths))}).savefig(content, format="png")
-    assert content.getvalue().startswith(b"\x89PNG")
+    assert _png(depth_curves({"run": (depths, [0.5] * len(depths))})).startswith(b"\x89PNG")
 
 
-def test_undefined_accuracy_leaves_a_gap_not_an_error() -> None:
-    content = io.BytesIO()
-    depth_curves({"run": ([0, 1], [float("nan"), 0.5])}).savefig(content, format="png")
-    assert content.getvalue().startswith(b"\x89PNG")
-
-
-def _png(figure: Figure) -> bytes:
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    return content.getvalue()
+@pytest.mark.parametrize("value", [0.5, float("nan")])
+def test_undefined_accuracy_leaves_a_gap_not_an_error(value: float) -> None:
+    curve = ([0, 1], [float("nan"), value])
+    assert _png(depth_curves({"run": curve, "other": ([0, 1], [0.0, 1.0])})).startswith(b"\x89PNG")
+    assert _png(bands_by_depth({"run": [curve]}, title="", ylabel="")).startswith(b"\x89PNG")
 
 
 def _texts(figure: Figure) -> list[str]:

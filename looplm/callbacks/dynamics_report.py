@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from looplm.dynamics import QUANTITIES, Trajectory
-from looplm.figures import accuracy_and_stability, eigenvalue_plane, latent_paths, quantity_by_depth
+from looplm.figures import accuracy_and_stability, quantity_by_depth
+from looplm.state_figures import eigenvalue_plane, latent_paths
 
 if TYPE_CHECKING:
     from looplm.figures import Figure
