@@ -1,12 +1,12 @@
 """Hugging Face directories in and out (Ouro, Huginn, our own), and checkpoints of training runs.
 
-Knows files and models; the foreign names stand in :mod:`looplm.families`, nothing here trains or decodes.
+Knows files and models; the foreign names stand in :mod:`looplm.families`, what a directory holds beside weights in
+:mod:`looplm.pretrained_folder`. Nothing here trains or decodes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import shutil
@@ -21,25 +21,24 @@ from torch import Tensor
 
 import looplm
 from looplm.config import LoopedConfig
-from looplm.errors import InputError
-from looplm.families import Family, ForeignTensor, Part, family_named, family_of
+from looplm.errors import InputError, reason
+from looplm.families.family import Family, ForeignTensor, Part
+from looplm.families.known import family_named, family_of
+from looplm.families.rotary_table import ROTARY_TABLE, is_rotary_table, rotary_table, rotary_table_shape
 from looplm.model import LoopedTransformer
-from looplm.origin import CARRIED, Origin, is_carried, pack_origin, unpack_origin
-from looplm.shards import PICKLE_SUFFIXES, Shards, check_shapes, write_shards
+from looplm.origin import Origin, pack_origin, unpack_origin
+from looplm.pretrained_folder import local_folder, origin_of, weights_dtype
+from looplm.shards import Shards, check_shapes, write_shards
 from looplm.untrusted import read_object
 
 __all__ = [
     "from_pretrained",
     "load_checkpoint",
     "load_model",
-    "local_folder",
-    "read_origin",
     "save_checkpoint",
     "save_pretrained",
 ]
 
-_WANTED = ("config.json", "*.safetensors", "model.safetensors.index.json", *CARRIED)
-_UNWANTED = ("*/*", *(f"*{suffix}" for suffix in PICKLE_SUFFIXES))
 _OWN_TYPE = "looplm"
 
 
@@ -99,11 +98,11 @@ def from_pretrained(
     shards = Shards(folder)
     _check_num_layers(repr(str(folder)), config, len(shards.shapes))
     tensors = _tensors(family, config)
-    optional = {_TABLE: _table_shape(config)} if _has_table(family) else {}
+    optional = {ROTARY_TABLE: rotary_table_shape(config)} if _has_table(family) else {}
     check_shapes(repr(str(folder)), {tensor.name: tensor.shape for tensor in tensors}, shards.shapes, optional)
-    if _TABLE in shards.shapes and not _is_table(shards.read(_TABLE), config):
-        raise InputError(f"{str(folder)!r}: {_TABLE!r} is not the table of `rope_base` {config.rope_theta:g}.")
-    dtype = _weights_dtype(shards) if dtype is None else dtype
+    if ROTARY_TABLE in shards.shapes and not is_rotary_table(shards.read(ROTARY_TABLE), config):
+        raise InputError(f"{str(folder)!r}: {ROTARY_TABLE!r} is not the table of `rope_base` {config.rope_theta:g}.")
+    dtype = weights_dtype(shards) if dtype is None else dtype
     model = _empty_model(config, dtype, device)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -113,7 +112,7 @@ def from_pretrained(
                 target = parameters[part.name].data[part.start : part.stop]
                 shards.copy_rows(tensor.name, row, target)
                 row += target.numel() // max(int(torch.Size(tensor.shape[1:]).numel()), 1)
-    model.origin = _origin(folder, fields, shards)
+    model.origin = origin_of(folder, fields, shards)
     return model.eval()
 
 
@@ -168,7 +167,7 @@ def save_pretrained(
         target.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except (OSError, ValueError) as error:
-        raise InputError(f"{str(folder)!r} must be a directory that can be written: {_reason(error)}.") from None
+        raise InputError(f"{str(folder)!r} must be a directory that can be written: {reason(error)}.") from None
     try:
         write_shards(draft, sizes, _foreign(tensors, weights, table), max_shard_bytes)
         (draft / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
@@ -177,7 +176,7 @@ def save_pretrained(
         draft.chmod(0o755)
         draft.replace(target)
     except OSError as error:
-        raise InputError(f"{str(folder)!r} could not be written: {_reason(error)}.") from None
+        raise InputError(f"{str(folder)!r} could not be written: {reason(error)}.") from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -247,7 +246,7 @@ def save_checkpoint(model: LoopedTransformer, path: str | os.PathLike[str]) -> N
         torch.save(content, draft)
         draft.replace(target)
     except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"{str(target)!r} could not be written: {_reason(error)}.") from None
+        raise InputError(f"{str(target)!r} could not be written: {reason(error)}.") from None
     finally:
         with contextlib.suppress(OSError, ValueError):
             draft.unlink(missing_ok=True)
@@ -285,73 +284,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> LoopedTransformer:
     except InputError as error:
         raise InputError(f"{where}: {error}" if where not in str(error) else str(error)) from None
     except Exception as error:
-        reason = f"{type(error).__name__}: {_reason(error)}"
-        raise InputError(f"{where} is no checkpoint of looplm, or damaged ({reason:.200}).") from None
+        why = f"{type(error).__name__}: {reason(error)}"
+        raise InputError(f"{where} is no checkpoint of looplm, or damaged ({why:.200}).") from None
     return model.eval()
-
-
-def read_origin(folder: str | os.PathLike[str]) -> Origin:
-    """Return the config fields of a Hugging Face directory and what belongs to its model; its weights may be missing.
-
-    Raises:
-        InputError: If it is no such directory.
-
-    Example:
-        >>> import tempfile
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> _ = (folder / "config.json").write_text('{"model_type": "ouro"}')
-        >>> read_origin(folder).config["model_type"]
-        'ouro'
-    """
-    path = Path(folder)
-    if not os.path.isdir(path):
-        raise InputError(f"a model's directory must exist, got {str(path)!r}.")
-    has_weights = any(path.glob("*.safetensors"))
-    return _origin(path, read_object(path / "config.json"), Shards(path) if has_weights else None)
-
-
-def _origin(folder: Path, fields: dict[str, Any], shards: Shards | None) -> Origin:
-    names = sorted(file.name for file in folder.iterdir() if is_carried(file.name) and file.is_file())
-    files = {name: (folder / name).read_bytes() for name in names}
-    if shards is None:
-        return Origin(config=fields, files=files)
-    buffers = {_TABLE: shards.read(_TABLE)} if _TABLE in shards.shapes else {}
-    dtype = str(_weights_dtype(shards)).removeprefix("torch.")
-    return Origin(config=fields, files=files, dtype=dtype, buffers=buffers)
-
-
-def local_folder(path_or_hub_id: str | os.PathLike[str]) -> Path:
-    """Return the directory itself, or where the hub's is kept on this machine.
-
-    Raises:
-        InputError: If it is neither a directory nor the name of one that the hub gives.
-
-    Example:
-        >>> import tempfile
-        >>> folder = tempfile.mkdtemp()
-        >>> local_folder(folder) == Path(folder)
-        True
-    """
-    name = os.fspath(path_or_hub_id)
-    if os.path.isdir(name):
-        return Path(name)
-    if os.path.exists(name) or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise InputError(f"a model must be a directory or a hub id `owner/name`, got {name!r}.")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED)))
-    except Exception as error:
-        raise InputError(
-            f"{name!r} is no directory and could not be fetched from the hub: {type(error).__name__} {_reason(error)}"
-        ) from None
-
-
-def _reason(error: Exception) -> str:
-    """Return why something failed, in one line."""
-    if isinstance(error, OSError) and error.strerror is not None:
-        return error.strerror
-    return next(iter(str(error).splitlines()), "")
 
 
 def _read_config(fields: dict[str, Any]) -> tuple[Family | None, LoopedConfig]:
@@ -389,38 +324,16 @@ def _empty_model(config: LoopedConfig, dtype: torch.dtype, device: torch.device 
     return model if device == "meta" else model.to_empty(device=device)
 
 
-_TABLE = "freqs_cis"
-
-
-def _weights_dtype(shards: Shards) -> torch.dtype:
-    return functools.reduce(torch.promote_types, {d for name, d in shards.dtypes.items() if name != _TABLE})
-
-
 def _has_table(family: Family | None) -> bool:
     """Return whether directories of a family may hold Huginn's table of cos and sin."""
     return family is not None and family.model_type == "huginn_raven"
 
 
-def _table_shape(config: LoopedConfig) -> tuple[int, ...]:
-    return (1, config.max_positions, 1, config.head_width // 2, 2)
-
-
-def _rotary_table(config: LoopedConfig) -> Tensor:
-    exponents = torch.arange(0, config.head_width, 2, dtype=torch.float32) / config.head_width
-    angles = torch.outer(torch.arange(config.max_positions).float(), 1.0 / config.rope_theta**exponents)
-    return torch.stack([angles.cos(), angles.sin()], dim=-1)[None, :, None]
-
-
-def _is_table(stored: Tensor, config: LoopedConfig) -> bool:
-    # Loosely: it may have been stored in half precision.
-    return stored.shape == _table_shape(config) and torch.allclose(stored.float(), _rotary_table(config), atol=0.01)
-
-
 def _table(config: LoopedConfig, origin: Origin | None) -> dict[str, Tensor]:
     """Return the table to store: the origin's as it was, or none where it had none."""
     if origin is None or origin.buffers is None or origin.config.get("model_type") != "huginn_raven":
-        return {_TABLE: _rotary_table(config)}
-    stored = origin.buffers.get(_TABLE)
+        return {ROTARY_TABLE: rotary_table(config)}
+    stored = origin.buffers.get(ROTARY_TABLE)
     if stored is None:
         return {}
-    return {_TABLE: stored if _is_table(stored, config) else _rotary_table(config)}
+    return {ROTARY_TABLE: stored if is_rotary_table(stored, config) else rotary_table(config)}

@@ -13,7 +13,7 @@ from looplm.checkpoints import from_pretrained, load_checkpoint, save_checkpoint
 from looplm.cli import main
 from looplm.config import LoopedConfig
 from looplm.errors import InputError
-from looplm.families import family_of
+from looplm.families.known import family_of
 from looplm.model import LoopedTransformer
 
 OURO = replace(

@@ -28,6 +28,7 @@ RANKS = {
     "flops": 1,
     "origin": 1,
     "carried_tokenizer": 2,
+    "pretrained_folder": 2,
     "exits": 0,
     "sampling": 0,
     "scoring": 1,
@@ -58,7 +59,7 @@ RANKS = {
     "cli": 6,
     "__main__": 7,
 }
-SIDEWAYS = {"stability", "corpora", "callbacks", "commands"}
+SIDEWAYS = {"families", "stability", "corpora", "callbacks", "commands"}
 
 # `__init__` is exempt: it names everything and imports nothing until it is asked.
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")

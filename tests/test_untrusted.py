@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_checkpoints import HUGINN, NATIVE, OURO, random_model, rewrite, same_weights, set_fields
 
-from looplm.checkpoints import from_pretrained, load_checkpoint, read_origin, save_checkpoint, save_pretrained
+from looplm.checkpoints import from_pretrained, load_checkpoint, save_checkpoint, save_pretrained
 from looplm.cli import main
 from looplm.errors import InputError
 from looplm.model import Origin
 from looplm.origin import pack_origin
+from looplm.pretrained_folder import read_origin
 
 CONFIGS = {"ouro": OURO, "huginn": HUGINN, "native": NATIVE}
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from looplm.checkpoints import load_checkpoint, read_origin, save_pretrained
+from looplm.checkpoints import load_checkpoint, save_pretrained
 from looplm.commands.arguments import Parser
+from looplm.pretrained_folder import read_origin
 
 __all__ = ["make_parser", "run"]
 

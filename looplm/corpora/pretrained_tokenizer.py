@@ -10,7 +10,7 @@ from typing import Any
 from lightning_utilities.core.imports import RequirementCache
 
 from looplm.corpora.text_tokenizer import Encoded, TextTokenizer, missing_library
-from looplm.errors import InputError
+from looplm.errors import InputError, reason
 
 __all__ = ["PretrainedTokenizer"]
 
@@ -51,10 +51,9 @@ class PretrainedTokenizer(TextTokenizer):
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
         except Exception as error:
-            lines = str(error).splitlines() or [""]
             raise InputError(
                 f"`tokenizer.path` must be a directory with a tokenizer, or a hub id that can be reached, got {path!r}"
-                f": {type(error).__name__} {lines[0]}"
+                f": {type(error).__name__} {reason(error)}"
             ) from None
         if not getattr(tokenizer, "is_fast", False):
             raise InputError(f"{path!r} has no fast tokenizer (tokenizer.json), whose offsets the loss needs.")
