@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -281,7 +282,8 @@ class ArithmeticDataModule(L.LightningDataModule):
                 world_size=trainer.world_size,
             )
 
-        return DataLoader(TrainingStream(make_batch, partial(trained_batches, trainer)), batch_size=None)
+        stream = TrainingStream(lambda start: map(make_batch, count(start)), partial(trained_batches, trainer))
+        return DataLoader(stream, batch_size=None)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Return the validation set."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import cached_property, partial
-from itertools import takewhile
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from looplm.corpora.batches import Example, packed_batch, padded_batch
 from looplm.corpora.corpus import BadRows, Corpus, Overlong, RowPolicy
@@ -131,6 +131,7 @@ class MathDataModule(L.LightningDataModule):
             if "final" in self.text.parts and source.final is None:
                 raise ValueError(f"`solution: {solution}` needs the column `final` of {source.path!r}, got None.")
         self.policy = RowPolicy(max_tokens=max_tokens, overlong=overlong, bad_rows=bad_rows)
+        self._skip_malformed = bad_rows == "skip"
         if batching not in ("shuffled", "bucketed", "packed"):
             raise ValueError(f"`batching` must be one of ['shuffled', 'bucketed', 'packed'], got {batching!r}.")
         if row_tokens is not None and batching != "packed":
@@ -202,12 +203,10 @@ class MathDataModule(L.LightningDataModule):
         return self.encoder.prompts.end_id
 
     def _load(self, source: Source, streaming: bool = False) -> Any:
-        skip = self.policy.bad_rows == "skip"
-        return load_rows(source, self.cache_dir / "sources", skip_malformed=skip, streaming=streaming)
+        return load_rows(source, self.cache_dir / "sources", skip_malformed=self._skip_malformed, streaming=streaming)
 
     def _table(self, source: Source) -> TokenTable:
-        skip = self.policy.bad_rows == "skip"
-        return token_table(source, self.encoder, self.cache_dir, skip_malformed=skip)
+        return token_table(source, self.encoder, self.cache_dir, skip_malformed=self._skip_malformed)
 
     @cached_property
     def splits(self) -> Splits:
@@ -280,11 +279,13 @@ class MathDataModule(L.LightningDataModule):
         """Return the endless training stream, from where the trainer stands."""
         trainer = self.trainer
         rank, world_size = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
-        position = partial(trained_batches, trainer)
-        if self.streaming:
-            return DataLoader(_StreamedBatches(self, position, rank, world_size), batch_size=None)
-        make_batch = partial(self.training_batch, rank=rank, world_size=world_size)
-        return DataLoader(TrainingStream(make_batch, position), batch_size=None)
+
+        def batches(start: int) -> Iterator[dict[str, Tensor]]:
+            if self.streaming:
+                return self.streamed_batches(start, rank, world_size)
+            return map(partial(self.training_batch, rank=rank, world_size=world_size), count(start))
+
+        return DataLoader(TrainingStream(batches, partial(trained_batches, trainer)), batch_size=None)
 
     def streamed_batches(self, start: int, rank: int = 0, world_size: int = 1) -> Iterator[dict[str, Tensor]]:
         """Yield the batches of a streamed corpus from number ``start`` on; ``index`` numbers their rows.
@@ -392,11 +393,3 @@ class MathDataModule(L.LightningDataModule):
         policy = [self.policy.max_tokens, self.policy.overlong, self.policy.bad_rows, self.num_val]
         order = [self.batching, self.row_tokens, self.batch_size, self.shuffle_buffer, self.seed]
         return plain_hash(sources, held_out, policy, order, self.encoder.settings())
-
-
-class _StreamedBatches(IterableDataset[dict[str, Tensor]]):
-    def __init__(self, data: MathDataModule, position: Any, rank: int, world_size: int) -> None:
-        self.data, self.position, self.rank, self.world_size = data, position, rank, world_size
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return self.data.streamed_batches(self.position(), self.rank, self.world_size)

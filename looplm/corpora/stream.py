@@ -24,18 +24,21 @@ def trained_batches(trainer: L.Trainer | None) -> int:
 class TrainingStream(IterableDataset[dict[str, Tensor]]):
     """Whole batches, endless; begins where the trainer stands, so that resuming neither repeats nor skips any.
 
+    Args:
+        batches: The batches from a number on.
+        position: How many the trainer has behind it, asked when the stream is opened.
+
     Example:
         >>> import torch
-        >>> stream = TrainingStream(lambda index: {"index": torch.tensor(index)}, position=lambda: 5)
+        >>> from itertools import count
+        >>> batches = lambda start: ({"index": torch.tensor(index)} for index in count(start))
+        >>> stream = TrainingStream(batches, position=lambda: 5)
         >>> next(iter(stream))["index"].item()
         5
     """
 
-    def __init__(self, make_batch: Callable[[int], dict[str, Tensor]], position: Callable[[], int]) -> None:
-        self.make_batch, self.position = make_batch, position
+    def __init__(self, batches: Callable[[int], Iterator[dict[str, Tensor]]], position: Callable[[], int]) -> None:
+        self.batches, self.position = batches, position
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        micro_batch = self.position()
-        while True:
-            yield self.make_batch(micro_batch)
-            micro_batch += 1
+        return self.batches(self.position())
