@@ -149,6 +149,8 @@ class DepthAccuracyCurve(L.Callback):
         """Start anew."""
         self._splits = {}
 
+    on_test_epoch_start = on_validation_epoch_start
+
     def on_validation_batch_end(
         self,
         trainer: L.Trainer,
@@ -165,10 +167,6 @@ class DepthAccuracyCurve(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log and write the curve."""
         self._finish(trainer, pl_module, "val")
-
-    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start anew."""
-        self._splits = {}
 
     def on_test_batch_end(
         self,

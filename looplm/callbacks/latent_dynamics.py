@@ -298,6 +298,8 @@ class LatentDynamicsMonitor(L.Callback):
         """Measure the first batches."""
         self._measure(trainer, pl_module, outputs, batch, (batch_idx, dataloader_idx))
 
+    on_test_batch_end = on_validation_batch_end
+
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log what was measured."""
         self._log(trainer, pl_module, "val")
@@ -309,18 +311,6 @@ class LatentDynamicsMonitor(L.Callback):
     def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start anew."""
         self._start(trainer, "test")
-
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Measure the first batches."""
-        self._measure(trainer, pl_module, outputs, batch, (batch_idx, dataloader_idx))
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log what was measured."""
