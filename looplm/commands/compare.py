@@ -26,7 +26,7 @@ from looplm.commands.page import COLUMNS, make_pictures, render_page
 from looplm.commands.rows import is_rows_file, read_rows
 from looplm.errors import InputError
 
-__all__ = ["Curve", "compare", "make_parser", "read_curve", "run", "write_comparison"]
+__all__ = ["make_parser", "run", "write_comparison"]
 
 _EXAMPLES = """\
 examples:
@@ -47,7 +47,7 @@ def _shown_depths(curves: Sequence[Curve]) -> list[int]:
     return [d for d in every if d == every[-1] or d & (d - 1) == 0 or str(d).rstrip("0") == "1"]
 
 
-def compare(runs: Sequence[Path], output: Path) -> Path:
+def _compare(runs: Sequence[Path], output: Path) -> Path:
     """Print the table of several runs and write the files of :func:`write_comparison`.
 
     Run directories with graded answers get :func:`~looplm.commands.graded.write_graded` as well.
@@ -199,6 +199,6 @@ def make_parser() -> Parser:
 def run(argv: Sequence[str]) -> int:
     """Run the command; for its options see ``--help``."""
     args = make_parser().parse_args(argv)
-    compare(args.runs, args.output)
+    _compare(args.runs, args.output)
     sys.stdout.write(explore_line(args.runs))
     return 0

@@ -18,7 +18,7 @@ from looplm.commands.arguments import Parser
 from looplm.commands.names import LIGHTNING, OWN, module_of
 from looplm.errors import InputError
 
-__all__ = ["make_parser", "make_script", "run"]
+__all__ = ["make_parser", "run"]
 
 _SHELLS = ("bash", "zsh")
 
@@ -83,7 +83,7 @@ def _own_parser(command: str) -> argparse.ArgumentParser | None:
     return None if make is None else make()
 
 
-def make_script(shell: str) -> str:
+def _make_script(shell: str) -> str:
     """Return the script.
 
     Args:
@@ -122,5 +122,5 @@ def _complete_files(action: argparse.Action, files: Any) -> None:
 def run(argv: Sequence[str]) -> int:
     """Run the command; for its options see ``--help``."""
     args = make_parser().parse_args(argv)
-    sys.stdout.write(make_script(args.shell))
+    sys.stdout.write(_make_script(args.shell))
     return 0

@@ -24,7 +24,7 @@ from looplm.generation import GenerationOptions, generate_with_loops
 from looplm.group_figures import numbered_points
 from looplm.model import LoopedTransformer
 
-__all__ = ["ExitRow", "Problems", "choose", "make_parser", "measure", "run"]
+__all__ = ["ExitRow", "Problems", "choose", "make_parser", "run"]
 
 _EXAMPLES = """\
 examples:
@@ -85,7 +85,7 @@ class Problems:
         return cls(tokens.gather(1, columns.clamp(min=0)), (columns >= 0).long(), answers, end_id)
 
 
-def measure(
+def _measure(
     model: LoopedTransformer,
     problems: Problems,
     *,
@@ -138,12 +138,12 @@ def _measure_all(
     for split, problems in sets.items():
         depths = sorted({d for d in range(1, num_loops + 1) if d <= 16 or d % 8 == 0} | {num_loops})
         for depth in depths:
-            yield measure(model, problems, split=split, num_loops=depth)
+            yield _measure(model, problems, split=split, num_loops=depth)
         for rule, grid in grids.items():
             for threshold in grid:
-                yield measure(model, problems, split=split, num_loops=num_loops, rule=rule, threshold=threshold)
+                yield _measure(model, problems, split=split, num_loops=num_loops, rule=rule, threshold=threshold)
     for cache in caches:
-        yield measure(model, sets["test"], split="test", num_loops=num_loops, cache=cache)
+        yield _measure(model, sets["test"], split="test", num_loops=num_loops, cache=cache)
 
 
 def make_parser() -> Parser:

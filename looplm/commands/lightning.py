@@ -46,7 +46,7 @@ from looplm.module import LoopLM
 from looplm.sharded_checkpoints import check_sharded, is_sharded, recover
 from looplm.strategy import ShardedStrategy
 
-__all__ = ["LoopLMCLI", "run"]
+__all__ = ["run"]
 
 
 _IRRELEVANT_WARNINGS = (

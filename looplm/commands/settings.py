@@ -14,7 +14,7 @@ import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-__all__ = ["SaveSettings", "flat_settings", "show_in_tensorboard"]
+__all__ = ["SaveSettings", "flat_settings"]
 
 _OF_THE_TRAINER = ("max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val")
 
@@ -31,7 +31,7 @@ class SaveSettings(SaveConfigCallback):
         accuracies = [f"val/exact_match/depth_{depth:05d}" for depth in config["model"]["val_depths"]]
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                show_in_tensorboard(logger, settings, accuracies)
+                _show_in_tensorboard(logger, settings, accuracies)
             else:
                 logger.log_hyperparams(settings)
 
@@ -54,7 +54,7 @@ def flat_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool
     return flat
 
 
-def show_in_tensorboard(logger: TensorBoardLogger, settings: Mapping[str, Any], metrics: Sequence[str]) -> None:
+def _show_in_tensorboard(logger: TensorBoardLogger, settings: Mapping[str, Any], metrics: Sequence[str]) -> None:
     """Fill the HParams tab: settings in columns, and beside them the last value of each scalar in ``metrics``.
 
     Lightning's own would log a value for each metric at step 0, which no one has measured.

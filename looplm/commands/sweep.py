@@ -33,12 +33,11 @@ from looplm.commands.runs import (
     is_fitted,
     prepare_directory,
     run_seed,
-    run_stamp,
     write_stamp,
 )
 from looplm.errors import InputError
 
-__all__ = ["make_parser", "parse", "run", "run_stamp"]
+__all__ = ["make_parser", "parse", "run"]
 
 _EXAMPLES = """\
 Further options, such as --trainer.max_steps=100, go to every fit and test.

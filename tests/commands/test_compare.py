@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from looplm.cli import main
-from looplm.commands.compare import read_curve
+from looplm.commands.curves import read_curve
 from looplm.errors import InputError
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from looplm.cli import main
-from looplm.commands.sweep import run_stamp
+from looplm.commands.runs import run_stamp
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from looplm.commands.explorer.guard import Guard
 
-__all__ = ["Answering", "build_app"]
+__all__ = ["build_app"]
 
 _FILES = {
     "/": ("commands.explorer", "page.html", "text/html"),
@@ -29,7 +29,7 @@ _FILES = {
 _LOG = logging.getLogger(__name__)
 
 
-class Answering(Protocol):
+class _Answering(Protocol):
     """What the application asks of a :class:`~looplm.commands.explorer.session.Session`."""
 
     def describe(self) -> dict[str, Any]:
@@ -45,7 +45,7 @@ class Answering(Protocol):
         ...
 
 
-def build_app(session: Answering, port: int) -> Starlette:
+def build_app(session: _Answering, port: int) -> Starlette:
     """Return the application that answers the page's requests, one computation at a time.
 
     Args:
