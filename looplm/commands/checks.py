@@ -45,7 +45,14 @@ _PACKAGES = ("torch", "lightning", "torchmetrics", "jsonargparse", "datasets", "
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One thing that works here or does not."""
+    """One thing that works here or does not.
+
+    Example:
+        >>> math = Check(name="math", works=False, remedy="pip install 'looplm[math]'")
+        >>> checks = [Check(name="cpu", works=True), math]
+        >>> [check.remedy for check in checks if not check.works]
+        ["pip install 'looplm[math]'"]
+    """
 
     name: str
     """What it is, as it is written in a config or a requirement where there is such a name."""
@@ -60,7 +67,12 @@ class Check:
 
 
 def list_versions() -> dict[str, str]:
-    """Return the versions that a report of a bug needs."""
+    """Return the versions that a report of a bug needs.
+
+    Example:
+        >>> list_versions()["torch"] == torch.__version__
+        True
+    """
     found = {"looplm": looplm.__version__, "python": platform.python_version(), "system": platform.platform()}
     for name in _PACKAGES:
         try:
@@ -71,7 +83,12 @@ def list_versions() -> dict[str, str]:
 
 
 def check_extras() -> list[Check]:
-    """Return which extras are installed, read from the package's own metadata; those of development left out."""
+    """Return which extras are installed, read from the package's own metadata; those of development left out.
+
+    Example:
+        >>> {"explore", "hf", "math"} <= {check.name for check in check_extras()}
+        True
+    """
     try:
         lines = requires("looplm") or []
     except PackageNotFoundError:
@@ -100,7 +117,12 @@ def check_extras() -> list[Check]:
 
 
 def check_devices() -> list[Check]:
-    """Return what tensors can be on."""
+    """Return what tensors can be on.
+
+    Example:
+        >>> check_devices()[0].name
+        'cpu'
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     checks = [Check(name="cpu", works=True, detail=f"{cores} cores, torch uses {torch.get_num_threads()} threads")]
     if torch.cuda.is_available():
@@ -118,7 +140,12 @@ def check_devices() -> list[Check]:
 
 
 def check_products(device: torch.device) -> list[Check]:
-    """Compute each product of a small model's step, and its gradient, and hold it against forward-mode derivatives."""
+    """Compute each product of a small model's step, and its gradient, and hold it against forward-mode derivatives.
+
+    Example:
+        >>> sorted(check.name for check in check_products(torch.device("cpu")) if check.works)
+        ['finite_difference', 'jvp', 'vjp']
+    """
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -156,6 +183,11 @@ def check_strategies(products: list[Check]) -> list[Check]:
 
     Args:
         products: What :func:`check_products` found; what fails there is left out.
+
+    Example:
+        >>> one_device = check_strategies([Check(name="jvp", works=True), Check(name="vjp", works=False)])[0]
+        >>> one_device.works, one_device.products["float32"]
+        (True, ['jvp'])
     """
     works_here = {check.name for check in products if check.works}
     has_gpu = torch.cuda.is_available()
@@ -216,7 +248,13 @@ def _try_sharding() -> str | None:
 
 
 def check_compilation() -> Check:
-    """Return whether ``torch.compile`` has what it needs: on a CPU a C++ compiler, its OpenMP and Python's headers."""
+    """Return whether ``torch.compile`` has what it needs: on a CPU a C++ compiler, its OpenMP and Python's headers.
+
+    Example:
+        >>> check = check_compilation()
+        >>> check.works == ("compiles with OpenMP" in check.detail)
+        True
+    """
     name = "torch.compile"
     if torch.cuda.is_available() and not RequirementCache("triton"):
         return Check(name=name, works=False, detail="triton is not installed", remedy="pip install triton")

@@ -92,6 +92,14 @@ def write_comparison(curves: Sequence[Curve], output: Path) -> Path:
 
     Raises:
         InputError: If there is no run, two have the same name, or the folder cannot be written.
+
+    Example:
+        >>> import contextlib, io, tempfile
+        >>> curve = Curve(name="a", depths=[1, 4], exact_match=[0.0, 1.0], token_accuracy=[0.5, 1.0], mean_depth=4.0)
+        >>> with contextlib.redirect_stdout(io.StringIO()):
+        ...     picture = write_comparison([curve], Path(tempfile.mkdtemp()))
+        >>> sorted(path.name for path in picture.parent.iterdir())
+        ['comparison.csv', 'comparison.html', 'comparison.png', 'robustness.csv']
     """
     from rich.console import Console
 

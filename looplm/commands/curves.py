@@ -37,7 +37,14 @@ _HEADS = {"lyapunov": ("lyapunov", "lyapunov_exponent")}
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """Accuracy by depth of one run, as read from its directory."""
+    """Accuracy by depth of one run, as read from its directory.
+
+    Example:
+        >>> measured = {"depths": [0, 4, 32], "exact_match": [0.0, 1.0, 0.5], "token_accuracy": [0.0, 1.0, 0.75]}
+        >>> curve = Curve(name="stars", mean_depth=4.0, **measured)
+        >>> curve.at_multiple(8), curve.robustness
+        (0.5, 0.71875)
+    """
 
     name: str
     depths: list[int]
@@ -75,7 +82,14 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Runs that differ in nothing but the seed."""
+    """Runs that differ in nothing but the seed.
+
+    Example:
+        >>> shared = {"depths": [0, 4], "token_accuracy": [0.0, 1.0], "mean_depth": 4.0}
+        >>> runs = [Curve(name=f"a_seed{i}", exact_match=[0.0, right], **shared) for i, right in enumerate((0.5, 1.0))]
+        >>> Group(name="a", runs=runs).peak
+        (0.75, 0.5, 1.0)
+    """
 
     name: str
     runs: list[Curve]
@@ -163,6 +177,13 @@ def group_runs(curves: Sequence[Curve]) -> list[Group]:
 
     Sorted by :attr:`Curve.robustness`, then by the exact match at 16 × mean depth, both as means over the runs; groups
     without them stand last, by their peak.
+
+    Example:
+        >>> shared = {"depths": [0, 4], "token_accuracy": [0.0, 1.0], "mean_depth": 0.5}
+        >>> right = {"a_seed0": 0.5, "a_seed1": 0.7, "b_seed0": 0.9}
+        >>> curves = [Curve(name=name, exact_match=[0.0, value], **shared) for name, value in right.items()]
+        >>> [(group.name, len(group.runs)) for group in group_runs(curves)]
+        [('b', 1), ('a', 2)]
     """
     named: dict[str, list[Curve]] = {}
     for curve in curves:
@@ -177,13 +198,21 @@ def group_runs(curves: Sequence[Curve]) -> list[Group]:
 
 
 def read_curve(run_dir: Path) -> Curve:
-    """Read the test curve of a run (else its validation curve), and its dynamics if there are any.
+    r"""Read the test curve of a run (else its validation curve), and its dynamics if there are any.
 
     Args:
         run_dir: A run directory, or a curve's CSV file.
 
     Raises:
         InputError: If there is none, or it is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> run = Path(tempfile.mkdtemp())
+        >>> rows = "split,depth,exact_match,token_accuracy\ntest,1,0.0,0.5\ntest,4,1.0,1.0\n"
+        >>> _ = (run / "test_curve.csv").write_text(rows)
+        >>> read_curve(run).exact_match
+        [0.0, 1.0]
     """
     candidates = [run_dir] if run_dir.is_file() else [run_dir / f"{stage}_curve.csv" for stage in ("test", "val")]
     found = [path for path in candidates if path.is_file()]
@@ -220,7 +249,15 @@ COMPARISON_COLUMNS = ("run", "depth", "exact_match", "token_accuracy")
 
 
 def is_comparison(path: Path) -> bool:
-    """Return whether a file begins as the table of curves that ``compare`` writes."""
+    """Return whether a file begins as the table of curves that ``compare`` writes.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "comparison.csv"
+        >>> _ = path.write_text("run,depth,exact_match,token_accuracy")
+        >>> is_comparison(path), is_comparison(path.with_name("nothing.csv"))
+        (True, False)
+    """
     try:
         with path.open(encoding="utf-8") as file:
             return file.readline().strip() == ",".join(COMPARISON_COLUMNS)
@@ -229,10 +266,17 @@ def is_comparison(path: Path) -> bool:
 
 
 def read_comparison(path: Path) -> list[Curve]:
-    """Read the curves of several runs from a table that ``compare`` wrote; it holds no dynamics.
+    r"""Read the curves of several runs from a table that ``compare`` wrote; it holds no dynamics.
 
     Raises:
         InputError: Names the file and what is wrong with it.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "comparison.csv"
+        >>> _ = path.write_text("run,depth,exact_match,token_accuracy\na,1,0.5,0.8\nb,1,0.7,0.9\n")
+        >>> [(curve.name, curve.exact_match) for curve in read_comparison(path)]
+        [('a', [0.5]), ('b', [0.7])]
     """
     curves: dict[str, list[tuple[int, float, float]]] = {}
     try:
@@ -269,10 +313,17 @@ def _read_mean_depth(curve: Path, split: str) -> float | None:
 
 
 def read_dynamics(path: Path) -> dict[str, list[float]]:
-    """Read ``{stage}_dynamics.csv``: ``depth`` and those of ``DYNAMICS`` that it has; empty if there is no such file.
+    r"""Read ``{stage}_dynamics.csv``: ``depth`` and those of ``DYNAMICS`` that it has; empty if there is no such file.
 
     Raises:
         InputError: If it has no depths, or a value is no number.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "test_dynamics.csv"
+        >>> _ = path.write_text("depth,residual,spectral_radius\n1,0.5,0.9\n2,0.1,\n")
+        >>> read_dynamics(path)
+        {'depth': [1.0, 2.0], 'residual': [0.5, 0.1], 'spectral_radius': [0.9, nan]}
     """
     if not path.name.endswith("_dynamics.csv") or not path.is_file():
         return {}

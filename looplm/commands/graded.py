@@ -18,7 +18,14 @@ GRADED_FILE = "test_graded.csv"
 
 @dataclass(frozen=True, kw_only=True)
 class GradedCurve:
-    """Accuracy of the graded answers of one run to one test corpus."""
+    """Accuracy of the graded answers of one run to one test corpus.
+
+    Example:
+        >>> interval = {"low": (0.1, 0.4), "high": (0.3, 0.6)}
+        >>> curve = GradedCurve(run="a", source="easy", depths=(1, 4), accuracy=(0.2, 0.5), **interval)
+        >>> dict(zip(curve.depths, curve.accuracy))
+        {1: 0.2, 4: 0.5}
+    """
 
     run: str
     """Name of the run."""

@@ -24,7 +24,16 @@ Spread = tuple[float, float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """A quantity of a group in the table."""
+    """A quantity of a group in the table.
+
+    Example:
+        >>> from looplm.commands.curves import Curve
+        >>> measured = {"depths": [1, 4], "exact_match": [0.0, 0.75], "token_accuracy": [0.5, 1.0]}
+        >>> group = Group(name="a", runs=[Curve(name="a_seed0", mean_depth=4.0, **measured)])
+        >>> peak = Column(key="peak", title="peak (%)", value=lambda group: group.peak, scale=100)
+        >>> f"{peak.title}: {peak.value(group)[0] * peak.scale:{peak.form}}"
+        'peak (%): 75.0'
+    """
 
     key: str
     """Name in ``robustness.csv``."""
@@ -58,7 +67,14 @@ COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A figure of the page."""
+    """A figure of the page.
+
+    Example:
+        >>> from looplm.group_figures import bands_by_depth
+        >>> figure = bands_by_depth({"a": [([1, 4], [0.0, 100.0])]}, title="Exact match", ylabel="exact match (%)")
+        >>> Picture(name="match", heading="Exact match", caption="By depth.", figure=figure).png[1:4]
+        b'PNG'
+    """
 
     name: str
     """Stem of its PNG file."""
@@ -98,6 +114,13 @@ def make_pictures(groups: Sequence[Group]) -> list[Picture]:
 
     Args:
         groups: In the order in which they are shown.
+
+    Example:
+        >>> from looplm.commands.curves import Curve
+        >>> measured = {"depths": [1, 4], "exact_match": [0.0, 1.0], "token_accuracy": [0.5, 1.0]}
+        >>> groups = [Group(name="a", runs=[Curve(name="a_seed0", mean_depth=4.0, **measured)])]
+        >>> [picture.name for picture in make_pictures(groups)]
+        ['comparison']
     """
     from looplm.group_figures import bands_by_depth, numbered_points
 
@@ -214,6 +237,13 @@ def render_page(groups: Sequence[Group], pictures: Sequence[Picture]) -> str:
     Args:
         groups: Groups of runs, the most depth-robust first.
         pictures: Figures, in order.
+
+    Example:
+        >>> from looplm.commands.curves import Curve
+        >>> measured = {"depths": [1, 4], "exact_match": [0.0, 1.0], "token_accuracy": [0.5, 1.0]}
+        >>> groups = [Group(name="a", runs=[Curve(name="a_seed0", mean_depth=4.0, **measured)])]
+        >>> "<title>looplm: 1 run in 1 group</title>" in render_page(groups, pictures=[])
+        True
     """
     num_runs = sum(len(group.runs) for group in groups)
     summary = f"{num_runs} run{'s' * (num_runs != 1)} in {len(groups)} group{'s' * (len(groups) != 1)}"

@@ -19,6 +19,9 @@ def die_with_parent() -> None:
     """In a process that Lightning started for another rank: ask the kernel to end it when its parent is gone.
 
     Else it waits in a collective for a rank zero that was killed, for as long as that collective's timeout.
+
+    Example:
+        >>> die_with_parent()  # first in the program; rank zero, which no other rank started, is left as it is
     """
     if os.environ.get("LOCAL_RANK", "0") == "0" or any(name in os.environ for name in _LAUNCHERS):
         return
@@ -29,7 +32,12 @@ def die_with_parent() -> None:
 
 
 def lost_process(error: BaseException) -> bool:
-    """Return whether an error says that another process of the run has gone."""
+    """Return whether an error says that another process of the run has gone.
+
+    Example:
+        >>> lost_process(RuntimeError("[gloo] Connection closed by peer")), lost_process(RuntimeError("out of memory"))
+        (True, False)
+    """
     text = str(error)
     return isinstance(error, RuntimeError) and bool(
         re.search(r"gloo|NCCL|ProcessGroup|TCPStore", text)

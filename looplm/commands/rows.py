@@ -40,7 +40,15 @@ Key = tuple[str, str]
 
 
 def is_rows_file(path: Path) -> bool:
-    """Return whether a file begins with the header of this format."""
+    """Return whether a file begins with the header of this format.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "rows.csv"
+        >>> _ = path.write_text(",".join(COLUMNS))
+        >>> is_rows_file(path), is_rows_file(path.with_name("nothing.csv"))
+        (True, False)
+    """
     try:
         with path.open(encoding="utf-8") as file:
             return file.readline().strip() == ",".join(COLUMNS)
@@ -84,6 +92,16 @@ def read_rows(path: Path) -> dict[Key, Curve]:
 
     Raises:
         InputError: Names the file and the row that is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "rows.csv"
+        >>> measured = {"depths": [1, 4], "exact_match": [0.0, 1.0], "token_accuracy": [0.5, 1.0]}
+        >>> curve = Curve(name="a_seed0", mean_depth=4.0, **measured)
+        >>> stamp = {"config_sha256": "2f1c", "code_sha256": "9b07", "version": "0.1"}
+        >>> _ = append_row(path, curve, stamp, seed="0")
+        >>> read_rows(path)["a_seed0", "2f1c"].exact_match
+        [0.0, 1.0]
     """
     if not path.exists():
         return {}
@@ -126,6 +144,15 @@ def append_row(path: Path, curve: Curve, stamp: Mapping[str, str], seed: str) ->
 
     Raises:
         InputError: If the file cannot be written, or is something else.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "rows.csv"
+        >>> measured = {"depths": [1, 4], "exact_match": [0.0, 1.0], "token_accuracy": [0.5, 1.0]}
+        >>> curve = Curve(name="a_seed0", mean_depth=4.0, **measured)
+        >>> stamp = {"config_sha256": "2f1c", "code_sha256": "9b07", "version": "0.1"}
+        >>> [append_row(path, curve, stamp, seed="0") for _ in range(2)]
+        [True, False]
     """
     dynamics = {name: _join(curve.dynamics[name]) for name in DYNAMICS if name in curve.dynamics}
     row = {

@@ -19,7 +19,12 @@ _IRRELEVANT = ("digit_stages", "test_file", "test_digits", "predict_file")
 
 @dataclass(frozen=True)
 class RunData:
-    """The DataModule of a run."""
+    """The DataModule of a run.
+
+    Example:
+        >>> RunData("ArithmeticDataModule", {"max_digits": 4, "test_file": "moved.txt"}).arithmetic().max_digits
+        4
+    """
 
     class_name: str
     """Its class, without the module."""

@@ -36,7 +36,14 @@ BASE = "base.yaml"
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training and its test."""
+    """One training and its test.
+
+    Example:
+        >>> options, folder = ("--seed_everything=1",), Path("runs/a_seed1")
+        >>> run = Run(name="a_seed1", config_name="a", configs=(Path("a.yaml"),), options=options, directory=folder)
+        >>> run.arguments
+        ['--config', 'a.yaml', '--seed_everything=1', '--trainer.default_root_dir=runs/a_seed1']
+    """
 
     name: str
     """Name of its directory."""
@@ -70,6 +77,14 @@ def run_stamp(configs: Path | Sequence[Path], options: Sequence[str]) -> dict[st
 
     Raises:
         InputError: If a config cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> config = Path(tempfile.mkdtemp()) / "a.yaml"
+        >>> _ = config.write_text("trainer: {max_steps: 1}")
+        >>> first, second = run_stamp(config, ()), run_stamp(config, ("--trainer.max_steps=2",))
+        >>> [name for name in first if first[name] != second[name]]
+        ['config_sha256']
     """
     settings = hashlib.sha256()
     for config in [configs] if isinstance(configs, Path) else configs:
@@ -117,6 +132,14 @@ def expand_runs(
 
     Raises:
         InputError: If two configs have one name, a name in ``only`` is unknown, or a config cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> study = Path(tempfile.mkdtemp())
+        >>> for name in ("base", "fixed", "uniform"):
+        ...     (study / f"{name}.yaml").touch()
+        >>> [run.name for run in expand_runs([study], root=Path("runs"), options=(), seeds=[0, 1])]
+        ['fixed_seed0', 'uniform_seed0', 'fixed_seed1', 'uniform_seed1']
     """
     found = [run for argument in arguments for run in _config_files(argument)]
     names = [name for name, _ in found]
@@ -142,7 +165,15 @@ def expand_runs(
 
 
 def run_seed(run: Run) -> str:
-    """Return the seed that a run was trained with, as its directory's config says it; empty if that is unknown."""
+    """Return the seed that a run was trained with, as its directory's config says it; empty if that is unknown.
+
+    Example:
+        >>> import tempfile
+        >>> run = Run(name="a", config_name="a", configs=(), options=(), directory=Path(tempfile.mkdtemp()))
+        >>> _ = (run.directory / "config.yaml").write_text("seed_everything: 7")
+        >>> run_seed(run)
+        '7'
+    """
     try:
         text = (run.directory / "config.yaml").read_text(encoding="utf-8")
     except OSError:
@@ -159,19 +190,48 @@ def _read_stamp(path: Path) -> dict[str, str] | None:
 
 
 def write_stamp(path: Path, stamp: dict[str, str]) -> None:
-    """Write a stamp so that a reader sees a whole one or none."""
+    """Write a stamp so that a reader sees a whole one or none.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "started.json"
+        >>> write_stamp(path, {"version": "0.1"})
+        >>> json.loads(path.read_text())
+        {'version': '0.1'}
+    """
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(json.dumps(stamp, indent=2), encoding="utf-8")
     os.replace(temporary, path)
 
 
 def is_finished(run: Run, stamp: dict[str, str]) -> bool:
-    """Return whether a run's directory holds the result of these configs, options and this code."""
+    """Return whether a run's directory holds the result of these configs, options and this code.
+
+    Example:
+        >>> import tempfile
+        >>> run = Run(name="a", config_name="a", configs=(), options=(), directory=Path(tempfile.mkdtemp()))
+        >>> write_stamp(run.directory / "finished.json", run.stamp)
+        >>> (run.directory / "test_curve.csv").touch()
+        >>> is_finished(run, run.stamp), is_finished(run, {**run.stamp, "version": "of another day"})
+        (True, False)
+    """
     return _read_stamp(run.directory / "finished.json") == stamp and (run.directory / "test_curve.csv").is_file()
 
 
 def is_fitted(run: Run, stamp: dict[str, str]) -> bool:
-    """Return whether a run's directory holds the trained weights of these configs, options and this code."""
+    """Return whether a run's directory holds the trained weights of these configs, options and this code.
+
+    Example:
+        >>> import tempfile
+        >>> run = Run(name="a", config_name="a", configs=(), options=(), directory=Path(tempfile.mkdtemp()))
+        >>> write_stamp(run.directory / "fitted.json", run.stamp)
+        >>> is_fitted(run, run.stamp)  # its weights are missing
+        False
+        >>> (run.directory / "checkpoints").mkdir()
+        >>> (run.directory / "checkpoints" / "last.ckpt").touch()
+        >>> is_fitted(run, run.stamp)
+        True
+    """
     return _read_stamp(run.directory / "fitted.json") == stamp and (run.directory / "checkpoints/last.ckpt").exists()
 
 
@@ -186,6 +246,14 @@ def prepare_directory(run: Run, stamp: dict[str, str], scratch: Path) -> None:
     Raises:
         InputError: If the directory is not ours.
         OSError: If it cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> root = Path(tempfile.mkdtemp())
+        >>> run = Run(name="a", config_name="a", configs=(), options=(), directory=root / "a")
+        >>> prepare_directory(run, run.stamp, scratch=root)
+        >>> [path.name for path in run.directory.iterdir()]
+        ['started.json']
     """
     new, old = scratch / f"{run.name}.new", scratch / f"{run.name}.old"
     for leftover in (new, old):

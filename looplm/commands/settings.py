@@ -20,7 +20,16 @@ _OF_THE_TRAINER = ("max_steps", "precision", "accumulate_grad_batches", "gradien
 
 
 class SaveSettings(SaveConfigCallback):
-    """Saves ``config.yaml``, as Lightning's own does, and gives the settings of the run to every logger."""
+    """Saves ``config.yaml``, as Lightning's own does, and gives the settings of the run to every logger.
+
+    Example:
+        >>> from lightning.pytorch.cli import LightningCLI
+        >>> from lightning.pytorch.demos.boring_classes import BoringDataModule, DemoModel
+        >>> options = {"seed_everything_default": False, "run": False, "args": []}
+        >>> cli = LightningCLI(DemoModel, BoringDataModule, save_config_callback=SaveSettings, **options)
+        >>> [type(callback).__name__ for callback in cli.trainer.callbacks if isinstance(callback, SaveConfigCallback)]
+        ['SaveSettings']
+    """
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Log the settings; called once, on rank zero."""

@@ -51,6 +51,12 @@ def build_app(session: _Answering, port: int) -> Starlette:
     Args:
         session: What computes.
         port: Where it will listen.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> session = SimpleNamespace(describe=lambda: {"name": "sums"}, answer=lambda request: {"text": "46"})
+        >>> sorted(route.path for route in build_app(session, port=8000).routes)
+        ['/', '/api/answer', '/api/model', '/charts.js', '/explorer.css', '/page.css', '/page.js']
     """
     busy = threading.Lock()
 

@@ -20,7 +20,13 @@ _SIGNS = {" ": "␣", "\n": "⏎", "\t": "⇥"}
 
 
 class ProblemForm(Protocol):
-    """From a problem to ids, and from ids to an answer."""
+    """From a problem to ids, and from ids to an answer.
+
+    Example:
+        >>> form: ProblemForm = ArithmeticForm(ArithmeticDataModule(min_digits=2, max_digits=2), max_positions=32)
+        >>> form.example, form.expected(form.example)
+        ('12+89', '101')
+    """
 
     example: str
     """A problem that can be typed."""
@@ -98,6 +104,14 @@ class TextForm:
         write: From a problem to the prompt.
         end_ids: Ids that end an answer.
         example: A problem that can be typed.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> tokenizer = Tokenizer(models.WordLevel({"Q:": 0, "2": 1, "plus": 2, "?": 3}, unk_token="?"))
+        >>> tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        >>> form = TextForm(tokenizer, lambda problem: f"Q: {problem}", end_ids=[3], example="2 plus 2")
+        >>> form.encode("2 plus 2"), form.answer([1, 2, 1])
+        ([0, 1, 2, 1], '2 plus 2')
     """
 
     def __init__(self, tokenizer: Tokenizer, write: Callable[[str], str], end_ids: list[int], example: str) -> None:

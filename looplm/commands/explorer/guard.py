@@ -31,11 +31,20 @@ _HEADERS = {
 
 
 class Guard:
-    """Wraps an application: refuses strangers with 403 and large bodies with 413, and adds the security headers.
+    r"""Wraps an application: refuses strangers with 403 and large bodies with 413, and adds the security headers.
 
     Args:
         app: The application.
         port: Where it listens; with 127.0.0.1 and localhost that makes its own names.
+
+    Example:
+        >>> import asyncio
+        >>> async def send(message):
+        ...     print(message.get("status", message.get("body")))
+        >>> stranger = {"type": "http", "method": "GET", "headers": [(b"host", b"elsewhere.example")]}
+        >>> asyncio.run(Guard(app=None, port=8000)(stranger, None, send))
+        403
+        b'{"error":"the Host of a request must be this server\'s own."}'
     """
 
     def __init__(self, app: ASGIApp, port: int) -> None:

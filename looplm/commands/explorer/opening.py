@@ -33,7 +33,16 @@ _EXAMPLE = "Tom has 3 apples and buys 4 more. How many apples does he have?"
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model that can be asked."""
+    """A model that can be asked.
+
+    Example:
+        >>> from looplm.config import LoopedConfig
+        >>> form = ArithmeticForm(ArithmeticDataModule(min_digits=2, max_digits=2), max_positions=16)
+        >>> config = LoopedConfig(vocab_size=17, max_positions=16, width=16, num_heads=2, ffn_width=24)
+        >>> opened = OpenedModel("runs/sums", LoopedTransformer(config).eval(), form)
+        >>> opened.model.embed(torch.tensor([opened.form.encode("12+34")])).hidden.shape
+        torch.Size([1, 7, 16])
+    """
 
     name: str
     """What the user named."""
@@ -59,6 +68,16 @@ def open_model(
 
     Raises:
         InputError: If the model or what it needs to be asked cannot be read.
+
+    Example:
+        >>> from looplm.checkpoints import save_checkpoint
+        >>> from looplm.config import LoopedConfig
+        >>> run = Path(tempfile.mkdtemp())
+        >>> config = LoopedConfig(vocab_size=17, max_positions=16, width=16, num_heads=2, ffn_width=24)
+        >>> save_checkpoint(LoopedTransformer(config), run / "checkpoints" / "last.ckpt")
+        >>> _ = (run / "config.yaml").write_text("data: {class_path: ArithmeticDataModule, init_args: {min_digits: 1}}")
+        >>> open_model(str(run)).form.expected("12+34")
+        '46'
     """
     checkpoint, beside = _locate(source)
     if is_sharded(Path(checkpoint)):

@@ -35,7 +35,14 @@ _GATE = ("gate", GateExit(0.9), "gate's share ≥ 0.9")
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one request may cost."""
+    """What one request may cost.
+
+    Example:
+        >>> Limits(max_depth=0)
+        Traceback (most recent call last):
+            ...
+        ValueError: `max_depth` must be >= 1, got 0.
+    """
 
     max_depth: int = 64
     """Greatest depth that can be asked for."""
@@ -72,6 +79,16 @@ class Session:
     Args:
         opened: The model and its form of problems.
         limits: What one request may cost.
+
+    Example:
+        >>> from looplm import ArithmeticDataModule, LoopedConfig, LoopedTransformer
+        >>> from looplm.commands.explorer.forms import ArithmeticForm
+        >>> form = ArithmeticForm(ArithmeticDataModule(min_digits=2, max_digits=2), max_positions=16)
+        >>> config = LoopedConfig(vocab_size=17, max_positions=16, width=16, num_heads=2, ffn_width=24)
+        >>> opened = OpenedModel("runs/sums", LoopedTransformer(config).eval(), form)
+        >>> said = Session(opened, Limits(max_depth=2)).answer({"problem": "12+34"})
+        >>> said["expected"], said["depths"], len(said["chosen"])
+        ('46', [0, 1, 2], 3)
     """
 
     def __init__(self, opened: OpenedModel, limits: Limits) -> None:
