@@ -80,7 +80,7 @@ def test_added_lines_know_contract_callbacks_and_penalty_alone(project: Path) ->
         "callbacks.depth_accuracy",
         "callbacks.latent_dynamics",
         "stability.penalty",
-        "generation",  # all of what it reads is the contract
+        "scoring",  # all of what it reads is the contract
     }
 
 
