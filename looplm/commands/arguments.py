@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import NoReturn
 
+from looplm.commands.messages import nearest
 from looplm.errors import InputError
 
 __all__ = ["Parser"]
@@ -34,4 +36,7 @@ class Parser(argparse.ArgumentParser):
         Raises:
             InputError: Always.
         """
+        unknown = re.match(r"unrecognized arguments: (--[\w.-]+)", message)
+        if unknown:
+            message = f"unknown option {unknown[1]}{nearest(unknown[1], self._option_string_actions)}"
         raise InputError(f"{message} (see `{self.prog} --help`).")

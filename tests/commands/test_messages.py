@@ -39,3 +39,15 @@ def test_the_line_names_field_value_and_what_was_meant(
 @given(st.text(max_size=80))
 def test_other_words_pass_as_they_are(text: str) -> None:
     assert text.strip() in condense(text) or condense(text)
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"), [("explore CKPT --prot 1", "--port"), ("compare a --otput x", "--output"), ("exits a --xyz", "")]
+)
+def test_a_misspelt_option_of_our_own_commands_gets_its_nearest_name(
+    argv: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("looplm: error: unknown option --")
+    assert (f"; did you mean {name}? (see" in line) if name else ("did you mean" not in line)
