@@ -94,14 +94,8 @@ def read_rows(path: Path) -> dict[Key, Curve]:
         InputError: Names the file and the row that is damaged.
 
     Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "rows.csv"
-        >>> measured = {"depths": [1, 4], "exact_match": [0.0, 1.0], "token_accuracy": [0.5, 1.0]}
-        >>> curve = Curve(name="a_seed0", mean_depth=4.0, **measured)
-        >>> stamp = {"config_sha256": "2f1c", "code_sha256": "9b07", "version": "0.1"}
-        >>> _ = append_row(path, curve, stamp, seed="0")
-        >>> read_rows(path)["a_seed0", "2f1c"].exact_match
-        [0.0, 1.0]
+        >>> read_rows(Path("not_there.csv"))  # for rows that are there see append_row
+        {}
     """
     if not path.exists():
         return {}
@@ -153,6 +147,8 @@ def append_row(path: Path, curve: Curve, stamp: Mapping[str, str], seed: str) ->
         >>> stamp = {"config_sha256": "2f1c", "code_sha256": "9b07", "version": "0.1"}
         >>> [append_row(path, curve, stamp, seed="0") for _ in range(2)]
         [True, False]
+        >>> read_rows(path)["a_seed0", "2f1c"].exact_match
+        [0.0, 1.0]
     """
     dynamics = {name: _join(curve.dynamics[name]) for name in DYNAMICS if name in curve.dynamics}
     row = {
