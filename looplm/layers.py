@@ -75,9 +75,8 @@ def rotate_half_split(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         >>> rotate_half_split(x, torch.tensor([[[[0.0]]]]), torch.tensor([[[[1.0]]]])).tolist()  # a right angle
         [[[[0.0, 1.0]]]]
     """
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    cos, sin = torch.cat([cos, cos], dim=-1).to(x.dtype), torch.cat([-sin, sin], dim=-1).to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

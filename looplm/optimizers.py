@@ -63,7 +63,7 @@ class MuonAdamW(Optimizer):
         if not matrices:
             raise ValueError("`params` must hold a two-dimensional weight of a block, got none: AdamW alone would do.")
         self._muon = Muon(matrices, lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw")
-        self._adamw = AdamW(others, lr=lr, weight_decay=weight_decay, betas=betas) if others else None
+        self._adamw = AdamW(others, lr=lr, weight_decay=weight_decay, betas=betas, fused=True) if others else None
         groups = [*self._muon.param_groups, *(self._adamw.param_groups if self._adamw else [])]
         super().__init__(groups, {})
         self._share()
