@@ -11,15 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from looplm.commands.arguments import Parser
-from looplm.commands.curves import (
-    COMPARISON_COLUMNS,
-    Curve,
-    Group,
-    group_runs,
-    is_comparison,
-    read_comparison,
-    read_curve,
-)
+from looplm.commands.curve_files import COMPARISON_COLUMNS, is_comparison, read_comparison, read_curve
+from looplm.commands.curves import Curve, Group, group_runs
 from looplm.commands.graded import read_graded, write_graded
 from looplm.commands.next_step import explore_line
 from looplm.commands.page import COLUMNS, make_pictures, render_page

@@ -1,21 +1,13 @@
-"""What a finished run left behind: its accuracy and dynamics by depth, and how well it holds its accuracy.
-
-Reads files; draws nothing, trains nothing, and knows neither Lightning nor torch.
-"""
+"""Accuracy and dynamics by depth of finished runs, and how well they hold their accuracy. Knows numbers, no files."""
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
-
-from looplm.errors import InputError
 
 __all__ = [
     "DYNAMICS",
@@ -24,15 +16,10 @@ __all__ = [
     "accuracy_at",
     "area_under_curve",
     "group_runs",
-    "is_comparison",
-    "read_comparison",
-    "read_curve",
-    "read_dynamics",
 ]
 
-DYNAMICS = ("residual", "state_norm", "mean_gain", "spectral_norm", "spectral_radius", "lyapunov")
+DYNAMICS = ("residual", "state_norm", "mean_gain", "spectral_norm", "spectral_radius", "lyapunov_exponent")
 """Columns of ``{stage}_dynamics.csv`` beside ``depth``; any of them may be missing."""
-_HEADS = {"lyapunov": ("lyapunov", "lyapunov_exponent")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,153 +182,3 @@ def group_runs(curves: Sequence[Curve]) -> list[Group]:
         return tuple(-1.0 if value is None else value[0] for value in values)
 
     return sorted(groups, key=rank, reverse=True)
-
-
-def read_curve(run_dir: Path) -> Curve:
-    r"""Read the test curve of a run (else its validation curve), and its dynamics if there are any.
-
-    Args:
-        run_dir: A run directory, or a curve's CSV file.
-
-    Raises:
-        InputError: If there is none, or it is damaged.
-
-    Example:
-        >>> import tempfile
-        >>> run = Path(tempfile.mkdtemp())
-        >>> rows = "split,depth,exact_match,token_accuracy\ntest,1,0.0,0.5\ntest,4,1.0,1.0\n"
-        >>> _ = (run / "test_curve.csv").write_text(rows)
-        >>> read_curve(run).exact_match
-        [0.0, 1.0]
-    """
-    candidates = [run_dir] if run_dir.is_file() else [run_dir / f"{stage}_curve.csv" for stage in ("test", "val")]
-    found = [path for path in candidates if path.is_file()]
-    if not found:
-        raise InputError(f"{run_dir} has no test_curve.csv or val_curve.csv; run `python -m looplm test` first.")
-    path = found[0]
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        # A file with several evaluation sets begins with the main one.
-        rows = [row for row in rows if row["split"] == rows[0]["split"]]
-        depths = [int(row["depth"]) for row in rows]
-        exact_match, token_accuracy = ([float(row[name]) for row in rows] for name in ("exact_match", "token_accuracy"))
-        if not rows:
-            raise ValueError("it has no rows")
-        # Tables written before these columns existed lack them.
-        settling = {name: [float(row[name]) for row in rows] for name in ("settled", "escaped") if name in rows[0]}
-    except (ValueError, KeyError, TypeError, csv.Error, OSError) as error:
-        raise InputError(f"{path} is no curve: {error}.") from None
-    return Curve(
-        name=path.stem if run_dir.is_file() else run_dir.resolve().name,
-        depths=depths,
-        exact_match=exact_match,
-        token_accuracy=token_accuracy,
-        mean_depth=_read_mean_depth(path, rows[0]["split"]),
-        settled=settling.get("settled"),
-        escaped=settling.get("escaped"),
-        dynamics=read_dynamics(path.with_name(path.name.replace("_curve.csv", "_dynamics.csv"))),
-    )
-
-
-COMPARISON_COLUMNS = ("run", "depth", "exact_match", "token_accuracy")
-"""Columns of the ``comparison.csv`` that ``compare`` writes."""
-
-
-def is_comparison(path: Path) -> bool:
-    """Return whether a file begins as the table of curves that ``compare`` writes.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "comparison.csv"
-        >>> _ = path.write_text("run,depth,exact_match,token_accuracy")
-        >>> is_comparison(path), is_comparison(path.with_name("nothing.csv"))
-        (True, False)
-    """
-    try:
-        with path.open(encoding="utf-8") as file:
-            return file.readline().strip() == ",".join(COMPARISON_COLUMNS)
-    except (OSError, UnicodeDecodeError):
-        return False
-
-
-def read_comparison(path: Path) -> list[Curve]:
-    r"""Read the curves of several runs from a table that ``compare`` wrote; it holds no dynamics.
-
-    Raises:
-        InputError: Names the file and what is wrong with it.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "comparison.csv"
-        >>> _ = path.write_text("run,depth,exact_match,token_accuracy\na,1,0.5,0.8\nb,1,0.7,0.9\n")
-        >>> [(curve.name, curve.exact_match) for curve in read_comparison(path)]
-        [('a', [0.5]), ('b', [0.7])]
-    """
-    curves: dict[str, list[tuple[int, float, float]]] = {}
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                values = (int(row["depth"]), float(row["exact_match"]), float(row["token_accuracy"]))
-                curves.setdefault(row["run"], []).append(values)
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        raise InputError(f"{path} is no table of curves: {error}.") from None
-    found = []
-    for name, rows in curves.items():
-        depths, exact_match, token_accuracy = (list(column) for column in zip(*rows, strict=True))
-        found.append(
-            Curve(
-                name=name,
-                depths=depths,
-                exact_match=exact_match,
-                token_accuracy=token_accuracy,
-                mean_depth=None,
-            )
-        )
-    return found
-
-
-def _read_mean_depth(curve: Path, split: str) -> float | None:
-    summary = curve.with_name(curve.name.replace("_curve.csv", "_summary.json"))
-    if summary == curve or not summary.is_file():
-        return None
-    try:
-        mean_depth = json.loads(summary.read_text(encoding="utf-8")).get(split, {}).get("mean_depth")
-        return None if mean_depth is None else float(mean_depth)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{summary} is no summary of a curve: {error}.") from None
-
-
-def read_dynamics(path: Path) -> dict[str, list[float]]:
-    r"""Read ``{stage}_dynamics.csv``: ``depth`` and those of ``DYNAMICS`` that it has; empty if there is no such file.
-
-    Raises:
-        InputError: If it has no depths, or a value is no number.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "test_dynamics.csv"
-        >>> _ = path.write_text("depth,residual,spectral_radius\n1,0.5,0.9\n2,0.1,\n")
-        >>> read_dynamics(path)
-        {'depth': [1.0, 2.0], 'residual': [0.5, 0.1], 'spectral_radius': [0.9, nan]}
-    """
-    if not path.name.endswith("_dynamics.csv") or not path.is_file():
-        return {}
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        if rows and "split" in rows[0]:
-            rows = [row for row in rows if row["split"] == rows[0]["split"]]
-        depths = [float(row["depth"]) for row in rows]
-        heads = {
-            name: next((head for head in _HEADS.get(name, (name,)) if rows and head in rows[0]), None)
-            for name in DYNAMICS
-        }
-        # An empty cell is a quantity that was not computed at that depth.
-        columns = {
-            name: [float(row[head]) if row[head] else math.nan for row in rows] for name, head in heads.items() if head
-        }
-    except (ValueError, KeyError, TypeError, csv.Error, OSError) as error:
-        raise InputError(f"{path} is no table of dynamics: {error}.") from None
-    kept = {name: values for name, values in columns.items() if any(map(math.isfinite, values))}
-    return {"depth": depths, **kept} if kept else {}

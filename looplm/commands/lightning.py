@@ -10,13 +10,11 @@ import signal
 import sys
 import tempfile
 import warnings
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
-import torch
 from jsonargparse import DefaultHelpFormatter
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -34,6 +32,7 @@ from looplm.callbacks.depth_accuracy import DepthAccuracyCurve
 from looplm.callbacks.non_finite import NonFiniteGuard
 from looplm.callbacks.preemption import SaveOnSignal
 from looplm.callbacks.progress_lines import ProgressLines
+from looplm.commands.ckpt_path import check_checkpoint
 from looplm.commands.messages import condense
 from looplm.commands.next_step import command_line
 from looplm.commands.processes import die_with_parent, lost_process
@@ -43,7 +42,7 @@ from looplm.corpora.arithmetic import ArithmeticDataModule
 from looplm.durable import DurableCheckpointIO
 from looplm.errors import InputError
 from looplm.module import LoopLM
-from looplm.sharded_checkpoints import check_sharded, is_sharded, recover
+from looplm.sharded_checkpoints import recover
 from looplm.strategy import ShardedStrategy
 
 __all__ = ["run"]
@@ -175,8 +174,9 @@ class LoopLMCLI(LightningCLI):
             if self.subcommand == "fit" and not path.exists():
                 path = None
         if path is not None:
-            needed = _RESUMABLE if self.subcommand == "fit" else _LOADABLE
-            _check_checkpoint(Path(path), needed, may_be_sharded=_is_sharded_strategy(config.trainer.strategy))
+            strategy = str(getattr(config.trainer.strategy, "class_path", "")).rsplit(".", 1)[-1]
+            is_for_training = self.subcommand == "fit"
+            check_checkpoint(Path(path), resumes=is_for_training, may_be_sharded=strategy == ShardedStrategy.__name__)
         config.ckpt_path = None if path is None else str(path)
         if self.subcommand != "predict":
             _check_writable(root)
@@ -280,47 +280,6 @@ def _check_writable(folder: Path) -> None:
         raise InputError(
             f"`trainer.default_root_dir` must be a folder that can be written, got {str(folder)!r}: {error.strerror}."
         ) from None
-
-
-# What Lightning needs of a checkpoint, to load its weights and to go on training.
-_LOADABLE = frozenset({"state_dict", "hyper_parameters", "pytorch-lightning_version"})
-_RESUMABLE = _LOADABLE | {"optimizer_states", "lr_schedulers", "loops", "callbacks", "global_step", "epoch"}
-
-
-def _is_sharded_strategy(strategy: Any) -> bool:
-    return getattr(strategy, "class_path", "").rsplit(".", 1)[-1] == ShardedStrategy.__name__
-
-
-def _check_checkpoint(path: Path, needed: frozenset[str], *, may_be_sharded: bool) -> None:
-    if is_sharded(path):
-        if not may_be_sharded:
-            raise InputError(
-                f"`ckpt_path` {str(path)!r} is sharded, which only the strategy ShardedStrategy reads: "
-                f"`python -m looplm consolidate {path} FILE` makes one file of it."
-            )
-        _check_keys(path, dict.fromkeys(check_sharded(path)), needed)
-        return
-    if not path.is_file():
-        raise InputError(f"`ckpt_path` must be a checkpoint file, got {str(path)!r}, which does not exist.")
-    try:
-        # torch.load does not look at the checksums: without this, flipped bytes become weights.
-        damaged = zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None
-        if damaged is not None:
-            raise ValueError(f"wrong checksum of {damaged}")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise InputError(
-            f"`ckpt_path` {str(path)!r} cannot be read: damaged, or no checkpoint ({type(error).__name__})."
-        ) from None
-    _check_keys(path, content, needed)
-
-
-def _check_keys(path: Path, content: Any, needed: frozenset[str]) -> None:
-    missing = sorted(needed - set(content)) if isinstance(content, Mapping) else sorted(needed)
-    if missing:
-        raise InputError(
-            f"`ckpt_path` {str(path)!r} is no checkpoint of looplm, or not a whole one: it lacks {missing}."
-        )
 
 
 def run(argv: Sequence[str]) -> LoopLMCLI:

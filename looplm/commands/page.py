@@ -99,7 +99,12 @@ _QUANTITIES: dict[str, tuple[str, bool, float | None, str]] = {
     "spectral_radius": ("spectral radius ρ", False, 1.0, "Below 1 a small error dies out in the long run."),
     "mean_gain": ("mean gain E‖Jv‖²", True, 1.0, "What the Jacobian penalty lowers: below 1 a random error shrinks."),
     "spectral_norm": ("spectral norm ‖J‖", True, 1.0, "Below 1 every error shrinks in every loop."),
-    "lyapunov": ("Lyapunov exponent (nats per loop)", False, 0.0, "Below 0 nearby trajectories come together."),
+    "lyapunov_exponent": (
+        "Lyapunov exponent (nats per loop)",
+        False,
+        0.0,
+        "Below 0 nearby paths come together.",
+    ),
     "state_norm": ("state norm ‖h‖", True, None, "It grows where no norm bounds the state."),
 }
 
@@ -164,7 +169,7 @@ def make_pictures(groups: Sequence[Group]) -> list[Picture]:
         known = {name: runs for name, runs in known.items() if runs}
         if not known:
             continue
-        title = quantity.replace("_", " ").replace("lyapunov", "Lyapunov exponent").capitalize()
+        title = quantity.replace("_", " ").capitalize()
         figure = bands_by_depth(
             known, title=f"{title} by depth", ylabel=label, log_scale=log_scale, threshold=threshold
         )

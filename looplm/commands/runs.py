@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -268,31 +267,3 @@ def prepare_directory(run: Run, stamp: dict[str, str], scratch: Path) -> None:
         new.mkdir(parents=True)
         write_stamp(new / "started.json", stamp)
         os.rename(new, run.directory)
-    _mend_last_checkpoint(run.directory / "checkpoints")
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    if checkpoint.is_dir():  # sharded: several files, which we cannot judge
-        return True
-    try:
-        return zipfile.ZipFile(checkpoint).testzip() is None
-    except (OSError, zipfile.BadZipFile):
-        return False
-
-
-def _mend_last_checkpoint(folder: Path) -> None:
-    """Put the newest whole checkpoint in the place of a ``last.ckpt`` that a kill cut off, or remove that.
-
-    Lightning writes a checkpoint to the system's temporary folder and moves it: across file systems that is a copy,
-    which can be cut off.
-    """
-    last = folder / "last.ckpt"
-    if not folder.is_dir() or (last.exists() and _is_whole(last)):
-        return
-    others = [path for path in folder.glob("*.ckpt") if path != last and path.is_file() and _is_whole(path)]
-    if others:
-        part = folder / ".last.ckpt.part"
-        shutil.copyfile(max(others, key=lambda path: path.stat().st_mtime_ns), part)
-        os.replace(part, last)
-    else:
-        last.unlink(missing_ok=True)

@@ -23,7 +23,8 @@ from typing import IO, Any
 
 from looplm.commands.arguments import Parser
 from looplm.commands.compare import write_comparison
-from looplm.commands.curves import Curve, read_curve
+from looplm.commands.curve_files import read_curve
+from looplm.commands.curves import Curve
 from looplm.commands.next_step import explore_line
 from looplm.commands.rows import append_row, read_rows
 from looplm.commands.runs import (

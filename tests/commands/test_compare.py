@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from looplm.cli import main
-from looplm.commands.curves import read_curve
+from looplm.commands.curve_files import read_curve
 from looplm.errors import InputError
 
 

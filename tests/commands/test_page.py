@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from looplm.cli import main
-from looplm.commands.curves import Curve, accuracy_at, area_under_curve, group_runs, read_dynamics
+from looplm.commands.curve_files import read_dynamics
+from looplm.commands.curves import Curve, accuracy_at, area_under_curve, group_runs
 from looplm.commands.rows import append_row
 from looplm.errors import InputError
 
@@ -40,7 +41,7 @@ def make_run(tmp_path: Path) -> MakeRun:
 
 def _dynamics(radius: float) -> str:
     rows = "".join(f"{depth},{radius**depth},{radius},{radius**2},\n" for depth in DEPTHS[1:])
-    return "depth,residual,spectral_radius,mean_gain,lyapunov\n" + rows
+    return "depth,residual,spectral_radius,mean_gain,lyapunov_exponent\n" + rows
 
 
 class _Page(HTMLParser):
@@ -194,11 +195,11 @@ def test_dynamics_take_what_is_there(tmp_path: Path) -> None:
         "split,depth,spectral_radius,state_norm,lyapunov_exponent,other\ntest,1,0.5,,nan,x\ntest,2,,,-0.1,y\nb,1,9,9,9,z\n"
     )
     found = read_dynamics(path)
-    assert list(found) == ["depth", "spectral_radius", "lyapunov"]
+    assert list(found) == ["depth", "spectral_radius", "lyapunov_exponent"]
     assert found["depth"] == [1.0, 2.0]
     assert found["spectral_radius"][0] == 0.5
     assert math.isnan(found["spectral_radius"][1])
-    assert found["lyapunov"][1] == -0.1
+    assert found["lyapunov_exponent"][1] == -0.1
     assert read_dynamics(tmp_path / "val_dynamics.csv") == {}
 
 

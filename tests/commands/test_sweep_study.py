@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ import pytest
 import yaml
 
 from looplm.cli import main
-from looplm.commands.curves import Curve, read_curve
+from looplm.commands.curve_files import read_curve
+from looplm.commands.curves import Curve
 from looplm.commands.rows import append_row, read_rows
 from looplm.commands.runs import expand_runs, is_finished, prepare_directory, run_stamp, write_stamp
 from looplm.errors import InputError
@@ -165,39 +165,6 @@ def test_half_made_and_half_removed_directories_are_cleared(study: Path) -> None
     prepare_directory(run, {**stamp, "config_sha256": "another"}, scratch)
     assert [path.name for path in run.directory.iterdir()] == ["started.json"]
     assert list(scratch.iterdir()) == []
-
-
-def _checkpoint(path: Path, text: str) -> bytes:
-    path.parent.mkdir(exist_ok=True)
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr("data", text * 100)
-    return path.read_bytes()
-
-
-@pytest.mark.parametrize("size", [0, 10, 200, None])
-def test_newest_whole_checkpoint_replaces_a_cut_off_one(study: Path, size: int | None) -> None:
-    run, stamp, scratch = _prepared(study)
-    folder = run.directory / "checkpoints"
-    _checkpoint(folder / "epoch=0-step=5.ckpt", "older")
-    newest = _checkpoint(folder / "epoch=0-step=10.ckpt", "newer")
-    os.utime(folder / "epoch=0-step=5.ckpt", (1, 1))
-    whole = _checkpoint(folder / "last.ckpt", "last")
-    prepare_directory(run, stamp, scratch)
-    assert (folder / "last.ckpt").read_bytes() == whole
-    if size is None:
-        (folder / "last.ckpt").unlink()
-    else:
-        (folder / "last.ckpt").write_bytes(whole[:size])
-    prepare_directory(run, stamp, scratch)
-    assert (folder / "last.ckpt").read_bytes() == newest
-
-
-def test_cut_off_checkpoint_with_no_other_is_removed(study: Path) -> None:
-    run, stamp, scratch = _prepared(study)
-    last = run.directory / "checkpoints" / "last.ckpt"
-    last.write_bytes(_checkpoint(last, "last")[:-3])
-    prepare_directory(run, stamp, scratch)
-    assert not last.exists()
 
 
 # Rows
