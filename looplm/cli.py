@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             importlib.import_module("looplm.commands.lightning").run(args)
             return 0
         known = [*LIGHTNING, *OWN]
-        raise InputError(f"unknown command {command!r}{nearest(command, known)}; commands are {', '.join(known)}.")
+        hint = nearest(command, known) or "."
+        raise InputError(f"unknown command {command!r}: the commands are {', '.join(known)}{hint}")
     except InputError as error:
         sys.stderr.write(f"looplm: error: {' '.join(str(error).split())}\n")
         return 2
