@@ -214,8 +214,8 @@ class LoopLM(L.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the loss of one micro-batch; logs loss, cross-entropy, penalty, depth and exact match.
 
-        ``train/…`` is logged where loggers read it, every ``log_every_n_steps``; what the progress bar shows (``loss``,
-        ``exact_match``, ``depth``), at every step.
+        ``train/…`` is logged where loggers read it, every ``log_every_n_steps``, and at the first and last step; what the
+        progress bar shows (``loss``, ``exact_match``, ``depth``) at every step.
         """
         key = self._step_key()
         # Dropout reads the global state; seeding it from the key makes resumed runs exact.
@@ -230,13 +230,16 @@ class LoopLM(L.LightningModule):
             shown["penalty"] = out.penalty
         shown["depth"] = float(out.depth)
         self.log_dict(shown, prog_bar=True, logger=False)  # short names fit into a line of a terminal
-        every = self.trainer.log_every_n_steps
-        # To log one value takes 0.7 ms of a core, which small models feel.
-        if every and (self.trainer.global_step + 1) % every == 0:
+        if self._is_logged_step():
             rate = self.trainer.optimizers[0].param_groups[0]["lr"]
             quiet = {"cross_entropy": out.cross_entropy, "penalty_weight": out.penalty_weight, "learning_rate": rate}
             self.log_dict({f"train/{name}": value for name, value in {**shown, **quiet}.items()})
         return out.loss
+
+    def _is_logged_step(self) -> bool:
+        # To log one value takes 0.7 ms of a core, which small models feel.
+        step, every = self.trainer.global_step, self.trainer.log_every_n_steps
+        return step == 0 or step + 1 == self.trainer.max_steps or (every > 0 and (step + 1) % every == 0)
 
     def _count_flops(self, inputs: Tensor, out: ObjectiveOutput) -> int:
         batch_size, length = inputs.shape
