@@ -214,8 +214,8 @@ class LoopLM(L.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the loss of one micro-batch; logs loss, cross-entropy, penalty, depth and exact match.
 
-        ``train/…`` is logged where loggers read it, every ``log_every_n_steps``, and at the first and last step; what the
-        progress bar shows (``loss``, ``exact_match``, ``depth``) at every step.
+        ``train/…`` is logged at the first and last step and every ``log_every_n_steps``, where loggers read it; what
+        the progress bar shows (``loss``, ``exact_match``, ``depth``) at every step.
         """
         key = self._step_key()
         # Dropout reads the global state; seeding it from the key makes resumed runs exact.
