@@ -28,6 +28,12 @@ def check_checkpoint(path: Path, *, resumes: bool, may_be_sharded: bool) -> None
 
     Raises:
         InputError: Says what is wrong with it.
+
+    Example:
+        >>> check_checkpoint(Path("no/such.ckpt"), resumes=False, may_be_sharded=False)
+        Traceback (most recent call last):
+            ...
+        looplm.errors.InputError: `ckpt_path` must be a checkpoint file, got 'no/such.ckpt', which does not exist.
     """
     if is_sharded(path):
         if not may_be_sharded:
