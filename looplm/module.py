@@ -212,11 +212,7 @@ class LoopLM(L.LightningModule):
         )
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Return the loss of one micro-batch; logs loss, cross-entropy, penalty, depth and exact match.
-
-        ``train/…`` is logged at the first and last step and every ``log_every_n_steps``, where loggers read it; what
-        the progress bar shows (``loss``, ``exact_match``, ``depth``) at every step.
-        """
+        """Return the loss of one micro-batch; logs loss, cross-entropy, penalty, depth and exact match."""
         key = self._step_key()
         # Dropout reads the global state; seeding it from the key makes resumed runs exact.
         # On a CPU its own generator alone: `torch.manual_seed` takes 2 ms to seed devices that are not there.
@@ -229,17 +225,11 @@ class LoopLM(L.LightningModule):
         if out.penalty is not None:
             shown["penalty"] = out.penalty
         shown["depth"] = float(out.depth)
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        quiet = {"cross_entropy": out.cross_entropy, "penalty_weight": out.penalty_weight, "learning_rate": rate}
         self.log_dict(shown, prog_bar=True, logger=False)  # short names fit into a line of a terminal
-        if self._is_logged_step():
-            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-            quiet = {"cross_entropy": out.cross_entropy, "penalty_weight": out.penalty_weight, "learning_rate": rate}
-            self.log_dict({f"train/{name}": value for name, value in {**shown, **quiet}.items()})
+        self.log_dict({f"train/{name}": value for name, value in {**shown, **quiet}.items()})
         return out.loss
-
-    def _is_logged_step(self) -> bool:
-        # To log one value takes 0.7 ms of a core, which small models feel.
-        step, every = self.trainer.global_step, self.trainer.log_every_n_steps
-        return step == 0 or step + 1 == self.trainer.max_steps or (every > 0 and (step + 1) % every == 0)
 
     def _count_flops(self, inputs: Tensor, out: ObjectiveOutput) -> int:
         batch_size, length = inputs.shape
