@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from looplm.commands.curves import DYNAMICS, Curve
 from looplm.errors import InputError
 
-__all__ = ["COMPARISON_COLUMNS", "is_comparison", "read_comparison", "read_curve", "read_dynamics"]
+__all__ = ["COMPARISON_COLUMNS", "has_columns", "is_comparison", "read_comparison", "read_curve", "read_dynamics"]
 
 
 def read_curve(run_dir: Path) -> Curve:
@@ -64,6 +65,23 @@ COMPARISON_COLUMNS = ("run", "depth", "exact_match", "token_accuracy")
 """Columns of the ``comparison.csv`` that ``compare`` writes."""
 
 
+def has_columns(path: Path, columns: Sequence[str]) -> bool:
+    """Return whether a CSV file begins with these columns and no others; False where there is no such file.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "a.csv"
+        >>> _ = path.write_text("run,depth")
+        >>> has_columns(path, ["run", "depth"]), has_columns(path, ["run"])
+        (True, False)
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            return file.readline().strip() == ",".join(columns)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
 def is_comparison(path: Path) -> bool:
     """Return whether a file begins as the table of curves that ``compare`` writes.
 
@@ -74,11 +92,7 @@ def is_comparison(path: Path) -> bool:
         >>> is_comparison(path), is_comparison(path.with_name("nothing.csv"))
         (True, False)
     """
-    try:
-        with path.open(encoding="utf-8") as file:
-            return file.readline().strip() == ",".join(COMPARISON_COLUMNS)
-    except (OSError, UnicodeDecodeError):
-        return False
+    return has_columns(path, COMPARISON_COLUMNS)
 
 
 def read_comparison(path: Path) -> list[Curve]:

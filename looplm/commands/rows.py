@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from looplm.commands.curve_files import has_columns
 from looplm.commands.curves import DYNAMICS, Curve
 from looplm.errors import InputError
 
@@ -49,11 +50,7 @@ def is_rows_file(path: Path) -> bool:
         >>> is_rows_file(path), is_rows_file(path.with_name("nothing.csv"))
         (True, False)
     """
-    try:
-        with path.open(encoding="utf-8") as file:
-            return file.readline().strip() == ",".join(COLUMNS)
-    except (OSError, UnicodeDecodeError):
-        return False
+    return has_columns(path, COLUMNS)
 
 
 def _key(row: Mapping[str, str]) -> Key:
