@@ -66,8 +66,8 @@ def cached_logits(model, tokens, mask, num_loops, cuts, cache):
 def test_cached_logits_are_the_uncached_ones_whatever_the_batch(
     name, seed, num_loops, policy, cuts, paddings, in_double
 ):
-    # Large weights amplify rounding, which float32 has enough of.
-    model = build(name, seed).double() if in_double else build(name, seed, init_std=0.2)
+    # Large weights amplify rounding with every loop, which float32 has enough of.
+    model = build(name, seed).double() if in_double else build(name, seed, init_std=0.1)
     tolerance = 1e-10 if in_double else 1e-5
     batch, length = len(paddings), 12
     tokens = torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forks import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -192,8 +192,9 @@ _PREDS = torch.stack([_LABELS.clamp(min=0), torch.tensor([[1, 1], [2, 7], [3, 0]
 _SHARES = [[[0, 2], [4], [1]], [[3, 4]]]
 
 
-def _worker(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _worker(folder: str) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     metrics = [DepthExactMatch(2), DepthTokenAccuracy(2), DepthSettling(2)]
     for rows in _SHARES[rank]:
         for metric in metrics:
@@ -207,8 +208,7 @@ def _worker(rank: int, folder: str) -> None:
 
 
 def test_two_processes_with_uneven_shares_give_the_value_of_one(tmp_path: Path) -> None:
-    # A forked child of a process that has run OpenMP threads can hang in its own.
-    mp.start_processes(_worker, args=(str(tmp_path),), nprocs=2, start_method="spawn")
+    run_ranks(_worker, str(tmp_path), num_ranks=2)
     expected = []
     for metric in (DepthExactMatch(2), DepthTokenAccuracy(2), DepthSettling(2)):
         metric.update(_PREDS, _LABELS, torch.arange(5))

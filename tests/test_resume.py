@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from forks import fork_looplm, run_looplm
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from looplm import (
@@ -180,41 +178,36 @@ def test_run_may_be_interrupted_twice(tmp_path: Path) -> None:
 def test_killed_process_resumes_bit_identically(tmp_path: Path, write_config: Any) -> None:
     # Enough steps that the process is still training when the first checkpoint is seen.
     config = write_config(
-        trainer__max_steps=60,
+        trainer__max_steps=24,
         trainer__val_check_interval=1000,
-        checkpoint__every_n_train_steps=7,
+        checkpoint__every_n_train_steps=3,
         model__config__dropout=0.1,
         # Slow steps: the kill arrives in the middle.
         model__objective={
             "depth_sampler": {"class_path": "UniformDepth", "init_args": {"min_depth": 30, "max_depth": 60}}
         },
     )
-    fit = ["fit", "--config", str(config)]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    last = killed / "checkpoints" / "last.ckpt"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "looplm", *fit, f"--trainer.default_root_dir={killed}"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        # Sums depend on how many threads share them: equal weights need equal numbers of threads.
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )
+    last, output = killed / "checkpoints" / "last.ckpt", tmp_path / "output"
+    fit = {root: ["fit", "--config", config, f"--trainer.default_root_dir={root}"] for root in (killed, whole)}
+    process = fork_looplm(fit[killed], output)
     deadline = time.monotonic() + 120
     while not last.exists():
-        assert process.poll() is None, "the run ended before it could be killed"
+        assert process.is_alive(), "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
-    assert torch.load(last, weights_only=True)["global_step"] < 60
-    assert main([*fit, f"--trainer.default_root_dir={killed}", "--ckpt_path=last"]) == 0
-    assert main([*fit, f"--trainer.default_root_dir={whole}"]) == 0
+    assert torch.load(last, weights_only=True)["global_step"] < 24
+    run_looplm(*fit[killed], "--ckpt_path=last")
+    run_looplm(*fit[whole])
 
     resumed, undisturbed = (
         torch.load(root / "checkpoints" / "last.ckpt", weights_only=True) for root in (killed, whole)
     )
-    assert resumed["global_step"] == undisturbed["global_step"] == 60
+    assert resumed["global_step"] == undisturbed["global_step"] == 24
     _assert_equal(resumed["state_dict"], undisturbed["state_dict"])
 
 

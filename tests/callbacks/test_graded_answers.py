@@ -5,10 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from forks import fork_looplm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -147,15 +144,14 @@ def test_kill_minus_nine(config: Path, tmp_path: Path) -> None:
     assert _test(config) == 0
     expected = _answers(root)
     (root / "test_answers.jsonl").unlink()
-    command = [sys.executable, "-m", "looplm", "test", "--config", str(config)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = fork_looplm(["test", "--config", config], tmp_path / "output")
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and process.is_alive():
         if (root / "test_answers.jsonl").is_file() and len(_answers_so_far(root)) > 4:
             break
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert _test(config) == 0
     assert _answers(root) == expected
 

@@ -59,7 +59,3 @@ def main() -> None:
     if dist.get_rank() == 0:
         print(json.dumps(counts))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

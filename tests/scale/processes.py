@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
-import looplm
+from forks import ROOT
 
-ROOT = Path(looplm.__file__).parents[1]
 TWO_ON_CPU = ("--trainer.accelerator=cpu", "--trainer.devices=2")
 
 BASE: dict[str, Any] = {
@@ -75,14 +73,3 @@ def looplm_process(*argv: object, **options: Any) -> subprocess.Popen[str]:
         env=environment(),
         **options,
     )
-
-
-def run_looplm(*argv: object, timeout: float = 240) -> str:
-    """Run a command to its good end and return what it wrote."""
-    process = looplm_process(*argv)
-    try:
-        out, err = process.communicate(timeout=timeout)
-    finally:
-        process.kill()
-    assert process.returncode == 0, err
-    return out + err

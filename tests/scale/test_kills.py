@@ -9,15 +9,14 @@ import resource
 import signal
 import stat
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from forks import fork_looplm
-from processes import TWO_ON_CPU, environment, looplm_process
+from forks import fork, fork_looplm, looplm_main
+from processes import TWO_ON_CPU, looplm_process
 
 LAST = "checkpoints/last.ckpt"
 STEPS = 40
@@ -96,18 +95,22 @@ def test_killed_at_random_moments_the_run_ends_with_the_same_bits(
     assert_same_run(folder, whole)
 
 
+def _fit_with_files_of(num_bytes: int, argv: list[object]) -> int:
+    # As on a full disk, write() fails in the middle of the file.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+    return looplm_main([str(part) for part in argv])
+
+
 def test_full_disk_leaves_the_previous_checkpoint_whole(base: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     finish(fit(base, folder, "--trainer.max_steps=2"), tmp_path / "output")
     before = (folder / LAST).read_bytes()
 
-    def limit() -> None:
-        # As on a full disk, write() fails in the middle of the file.
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2))
-
-    process = looplm_process(*fit(base, folder), preexec_fn=limit)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 2, err
+    output = tmp_path / "said"
+    process = fork(_fit_with_files_of, len(before) // 2, fit(base, folder), output=output)
+    process.join(120)
+    err = output.read_text()
+    assert process.exitcode == 2, err
     line = err.splitlines()[-1]
     assert line.startswith("looplm: error: the checkpoint '")
     assert "could not be written: File too large" in line
@@ -144,18 +147,12 @@ def test_slurm_preemption_saves_and_requeues(
     scontrol.chmod(scontrol.stat().st_mode | stat.S_IXUSR)
     job = {"SLURM_JOB_ID": "42", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "0"}
     node = {"SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NODELIST": "here"}
-    slurm = {**environment(), **job, **node, "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
-    argv = [str(part) for part in fit(base, folder)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "looplm", *argv], env=slurm, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    process.is_alive = lambda: process.poll() is None  # type: ignore[attr-defined]
-    assert wait_for(folder / LAST, process)
-    process.send_signal(signal.SIGUSR1)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, err
+    slurm = {**job, **node, "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
+    argv, output = fit(base, folder), tmp_path / "output"
+    process = fork_looplm(argv, output, slurm)
+    assert signalled(process, folder, signal.SIGUSR1) == 128 + signal.SIGTERM, output.read_text()
     assert called.read_text() == "requeue 42\n"
-    finish(argv, tmp_path / "output")  # what the job does when it is started again
+    finish(argv, output)  # what the job does when it is started again
     assert_same_run(folder, whole)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from processes import BASE, TWO_ON_CPU, run_looplm
+from forks import run_looplm
+from processes import BASE, TWO_ON_CPU
 from torch import Tensor
 
 from looplm import ArithmeticDataModule, JacobianPenalty, LoopedConfig, LoopLM, STARSObjective, UniformDepth
@@ -83,7 +84,9 @@ def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     def run(name: str) -> Path:
         if name not in done:
             folder = tmp_path_factory.mktemp(name)
-            said = run_looplm("fit", "--config", base, *RUNS[name][2], f"--trainer.default_root_dir={folder}")
+            num_ranks, _, options = RUNS[name]
+            argv = ["fit", "--config", base, *options, f"--trainer.default_root_dir={folder}"]
+            said = run_looplm(*argv, num_ranks=num_ranks)
             assert "penalty: product finite_difference, chosen for" in said
             done[name] = folder
         return done[name]
@@ -128,10 +131,11 @@ def test_run_goes_on_with_another_number_of_processes(
     plain = ["--model.objective.penalty=null", "--model.objective.penalty_weight=0"]
     one = ["fit", "--config", base, *plain, "--data.batch_size=8"]
     two = {name: ["fit", "--config", base, *RUNS[name][2], *plain, "--data.batch_size=4"] for name in ("ddp", "fsdp")}
-    commands = {"one": one, **two}
+    commands, num_ranks = {"one": one, **two}, {"one": 1, "ddp": 2, "fsdp": 2}
     folder, whole = tmp_path / "cut", tmp_path / "whole"
-    run_looplm(*commands[before], "--trainer.max_steps=2", f"--trainer.default_root_dir={folder}")
-    run_looplm(*commands[after], "--ckpt_path=last", f"--trainer.default_root_dir={folder}")
+    here = f"--trainer.default_root_dir={folder}"
+    run_looplm(*commands[before], "--trainer.max_steps=2", here, num_ranks=num_ranks[before])
+    run_looplm(*commands[after], "--ckpt_path=last", here, num_ranks=num_ranks[after])
     assert main([str(part) for part in [*one, f"--trainer.default_root_dir={whole}"]]) == 0
     last, expected = saved(folder, STEPS), saved(whole, STEPS)
     assert largest_difference(last["state_dict"], expected["state_dict"]) <= 1e-5
@@ -147,7 +151,8 @@ def test_sharded_checkpoint_becomes_the_file_that_one_process_would_have_written
 ) -> None:
     folder, file = tmp_path / "run", tmp_path / "one.ckpt"
     shards = ["--trainer.strategy.init_args.save_distributed_checkpoint=true", "--checkpoint.save_top_k=1"]
-    run_looplm("fit", "--config", base, *RUNS["fsdp"][2], *shards, f"--trainer.default_root_dir={folder}")
+    argv = ["fit", "--config", base, *RUNS["fsdp"][2], *shards, f"--trainer.default_root_dir={folder}"]
+    run_looplm(*argv, num_ranks=2)
     last = folder / "checkpoints" / "last.ckpt"
     assert {path.suffix for path in last.glob("*_0.distcp")} == {".distcp"}
     assert main(["consolidate", str(last), str(file)]) == 0
@@ -167,6 +172,6 @@ def test_every_sample_is_validated_once_on_two_sharded_processes(base: Path, tmp
     argv = ["test", "--config", str(base), f"--ckpt_path={last}"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert main([*argv, f"--trainer.default_root_dir={one}"]) == 0
-    run_looplm(*argv, *RUNS["fsdp"][2], f"--trainer.default_root_dir={two}")
+    run_looplm(*argv, *RUNS["fsdp"][2], f"--trainer.default_root_dir={two}", num_ranks=2)
     assert (two / "test_curve.csv").read_text() == (one / "test_curve.csv").read_text()
     assert '"num_samples": 21' in (two / "test_summary.json").read_text()
