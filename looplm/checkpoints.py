@@ -12,10 +12,10 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 from torch import Tensor
 
@@ -235,7 +235,7 @@ def save_checkpoint(model: LoopedTransformer, path: str | os.PathLike[str]) -> N
         **pack_origin(model.origin),
         "state_dict": {f"model.{name}": tensor for name, tensor in model.state_dict().items()},
         "hyper_parameters": {"config": model.config.to_dict()},
-        "pytorch-lightning_version": lightning.__version__,
+        "pytorch-lightning_version": version("lightning"),
         "epoch": 0,
         "global_step": 0,
     }

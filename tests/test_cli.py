@@ -211,6 +211,13 @@ def test_help_imports_neither_torch_nor_lightning() -> None:
     assert done.stdout.startswith("usage: python -m looplm COMMAND")
 
 
+def test_commands_that_train_nothing_do_not_wait_for_lightning() -> None:
+    names = ["compare", "export", "generate", "import_", "sweep"]
+    code = f"import sys; from looplm.commands import {', '.join(names)}; assert 'lightning' not in sys.modules"
+    done = _python("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
 def test_error_of_a_real_process_is_one_line_with_exit_code_2() -> None:
     done = _python("-m", "looplm", "fit", "--config", "no/such.yaml")
     assert done.returncode == 2

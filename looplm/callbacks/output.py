@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import lightning as L
-
 if TYPE_CHECKING:
+    import lightning as L
+
     from looplm.figures import Figure
 
 __all__ = ["replace_file", "show_figure", "write_figure", "write_table"]
@@ -72,6 +72,7 @@ def show_figure(trainer: L.Trainer, key: str, figure: Figure) -> None:
     A logged metric ``step`` takes its place, as it does for scalars.
 
     Example:
+        >>> import lightning as L
         >>> from looplm.figures import depth_curves
         >>> trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
         >>> figure = depth_curves({"run": ([0, 1], [0.0, 1.0])})
