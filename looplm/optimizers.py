@@ -31,40 +31,32 @@ class _Muon(Muon):
         if any(param.device.type != "cpu" for group in self.param_groups for param in group["params"]):
             return super().step(closure)
         for group in self.param_groups:
-            by_shape: dict[Any, list[Tensor]] = {}
             for param in group["params"]:
                 if param.grad is not None:
-                    by_shape.setdefault((param.shape, param.dtype), []).append(param)
-            for params in by_shape.values():
-                self._update(params, group)
+                    self._update(param, param.grad, group)
         return None
 
-    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """Update parameters of one shape."""
-        grads = [param.grad for param in params if param.grad is not None]
-        for param, grad in zip(params, grads, strict=True):
-            if "momentum_buffer" not in self.state[param]:
-                self.state[param]["momentum_buffer"] = torch.zeros_like(grad)
-        momenta = [self.state[param]["momentum_buffer"] for param in params]
-        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-        nesterov = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"]))
-        updates = _orthogonalize(nesterov, group["ns_coefficients"], group["ns_steps"])
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+    def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[param]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(grad)
+        momentum = state["momentum_buffer"].lerp_(grad, 1 - group["momentum"])
+        update = _orthogonalize(grad.lerp(momentum, group["momentum"]), group["ns_coefficients"], group["ns_steps"])
+        param.mul_(1 - group["lr"] * group["weight_decay"])
         # Root mean square 0.2, as is usual of AdamW's update.
-        scale = -0.2 * math.sqrt(max(params[0].shape)) * group["lr"]
-        torch._foreach_add_(params, list(updates), alpha=scale)
+        param.add_(update, alpha=-0.2 * math.sqrt(max(param.shape)) * group["lr"])
 
 
-def _orthogonalize(matrices: Tensor, coefficients: tuple[float, float, float], num_steps: int) -> Tensor:
-    """Return U p(S) Vᵀ of matrices U S Vᵀ ``(N, R, C)``, ``p`` a quintic, iterated, that brings values near 1."""
-    is_tall = matrices.shape[1] > matrices.shape[2]
-    x = (matrices.mT if is_tall else matrices).to(torch.promote_types(matrices.dtype, torch.float32))
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+def _orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], num_steps: int) -> Tensor:
+    """Return U p(S) Vᵀ of a matrix U S Vᵀ, ``p`` a quintic, iterated, that brings singular values near 1."""
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    x = (matrix.mT if is_tall else matrix).to(torch.promote_types(matrix.dtype, torch.float32))
+    x = x / x.norm().clamp(min=1e-7)
     a, b, c = coefficients
     for _ in range(num_steps):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if is_tall else x).to(matrices.dtype)
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if is_tall else x).to(matrix.dtype)
 
 
 class MuonAdamW(Optimizer):
