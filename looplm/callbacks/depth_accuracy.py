@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
-from looplm.callbacks.output import replace_file, show_figure, write_figure, write_table
+from looplm.callbacks.output import publish_figure, replace_file, write_table
 from looplm.figures import depth_curves, settling_by_depth
 from looplm.metrics import DepthExactMatch, DepthSettling, DepthTokenAccuracy, depth_summary
 
@@ -140,8 +140,7 @@ class DepthAccuracyCurve(L.Callback):
             "settling": ("settling_by_depth", settling_by_depth(settling)),
         }
         for file_name, (key, figure) in figures.items():
-            show_figure(trainer, f"{stage}/{key}", figure)
-            write_figure(folder / f"{stage}_{file_name}.png", figure)
+            publish_figure(trainer, f"{stage}/{key}", figure, folder / f"{stage}_{file_name}.png")
         write_table(folder / f"{stage}_curve.csv", rows)
         replace_file(folder / f"{stage}_summary.json", json.dumps(summaries, indent=2).encode())
 

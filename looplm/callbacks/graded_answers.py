@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from looplm.callbacks.answer_log import AnswerLog
 from looplm.callbacks.graded_summary import graded_summary
-from looplm.callbacks.output import show_figure, write_figure, write_table
+from looplm.callbacks.output import publish_figure, write_table
 from looplm.corpora.extraction import extract_answer
 from looplm.corpora.grading import Grader
 from looplm.corpora.votes import majority_vote
@@ -177,8 +177,7 @@ class GradedAnswers(L.Callback):
                 f"{last['drop']:.1f} points less at {last['depth']}; unparsable there {100 * last['unparsable']:.1f} %"
             )
         figure = accuracy_bands(curves, confidence=self.confidence)
-        show_figure(trainer, "test/graded_by_depth", figure)
-        write_figure(folder / "test_graded.png", figure)
+        publish_figure(trainer, "test/graded_by_depth", figure, folder / "test_graded.png")
         rank_zero_info(f"graded: {folder}/test_graded.csv, test_graded.png, test_answers.jsonl")
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from looplm.callbacks.dynamics_report import DynamicsTable, dynamics_figures
-from looplm.callbacks.output import show_figure, write_figure, write_table
+from looplm.callbacks.output import publish_figure, write_table
 from looplm.dynamics import Trajectory, measure_dynamics, step_function
 from looplm.loop import LoopedModel, LoopState, check_depths, unroll_at
 from looplm.randomness import fold
@@ -271,8 +271,7 @@ class LatentDynamicsMonitor(L.Callback):
         if self.with_figures and first.trajectory is not None:
             figures = dynamics_figures(stage, self._tables, first.trajectory, first.eigenvalues, logged)
             for name, figure in figures.items():
-                show_figure(trainer, f"{stage}/dynamics/{name}", figure)
-                write_figure(folder / f"{stage}_{name}.png", figure)
+                publish_figure(trainer, f"{stage}/dynamics/{name}", figure, folder / f"{stage}_{name}.png")
 
     def state_dict(self) -> dict[str, Any]:
         """Return how many validations there have been, so that a resumed run measures the same ones."""

@@ -9,12 +9,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     import lightning as L
 
     from looplm.figures import Figure
 
-__all__ = ["replace_file", "show_figure", "write_figure", "write_table"]
+__all__ = ["publish_figure", "replace_file", "write_figure", "write_table"]
+
+_DOTS_PER_INCH = 150
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -61,27 +65,46 @@ def write_figure(path: Path, figure: Figure) -> None:
         >>> path.read_bytes()[1:4]
         b'PNG'
     """
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=150)
-    replace_file(path, picture.getvalue())
+    _write_pixels(path, _pixels(figure))
 
 
-def show_figure(trainer: L.Trainer, key: str, figure: Figure) -> None:
-    """Give a figure to every logger that takes one, under ``key``, at the trainer's step.
+def publish_figure(trainer: L.Trainer, key: str, figure: Figure, path: Path) -> None:
+    """Write a figure as :func:`write_figure` does and give it to every logger that takes one, under ``key``.
 
-    A logged metric ``step`` takes its place, as it does for scalars.
+    It is drawn once, at the trainer's step; a logged metric ``step`` takes the step's place, as it does for scalars.
 
     Example:
+        >>> import tempfile
         >>> import lightning as L
         >>> from looplm.figures import depth_curves
         >>> trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
         >>> figure = depth_curves({"run": ([0, 1], [0.0, 1.0])})
-        >>> show_figure(trainer, "val/curve", figure)  # no logger: nothing happens
+        >>> publish_figure(trainer, "val/curve", figure, Path(tempfile.mkdtemp()) / "val_curve.png")
     """
+    pixels = _pixels(figure)
     step = int(trainer.callback_metrics.get("step", trainer.global_step))
     for logger in trainer.loggers:
         experiment: Any = getattr(logger, "experiment", None)
-        if hasattr(experiment, "add_figure"):
-            experiment.add_figure(key, figure, global_step=step, close=False)
+        if hasattr(experiment, "add_image"):
+            experiment.add_image(key, pixels[..., :3], global_step=step, dataformats="HWC")
         elif hasattr(logger, "log_image"):
             logger.log_image(key, [figure], step=step)
+    _write_pixels(path, pixels)
+
+
+def _pixels(figure: Figure) -> np.ndarray:
+    """Draw a figure: uint8 ``(H, W, 4)``."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure.set_dpi(_DOTS_PER_INCH)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())
+
+
+def _write_pixels(path: Path, pixels: np.ndarray) -> None:
+    from matplotlib.image import imsave
+
+    picture = io.BytesIO()
+    imsave(picture, pixels, format="png", dpi=_DOTS_PER_INCH)
+    replace_file(path, picture.getvalue())
