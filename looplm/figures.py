@@ -5,6 +5,7 @@ The only file that imports matplotlib; knows no model, no run and no logger.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ __all__ = [
     "canvas",
     "depth_axis",
     "depth_curves",
+    "draw",
+    "encode_png",
     "line_style",
     "quantity_by_depth",
     "settling_by_depth",
@@ -33,6 +36,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 _STYLES = ("-", "--", "-.", ":")
 _PERCENT_LIMITS = (-3, 103)  # a line at 0 or 100 is seen whole
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_DOTS_PER_INCH = 150
 
 
 def depth_axis(axes: Axes, depths: Sequence[int]) -> None:
@@ -77,6 +81,35 @@ def canvas(size: tuple[float, float] = (8, 4.5), projection: str | None = None) 
     """
     figure = blank(size)
     return figure, figure.add_subplot(projection=projection)
+
+
+def draw(figure: Figure) -> np.ndarray:
+    """Draw a figure at 150 dots an inch: uint8 ``(H, W, 4)``, red, green, blue and alpha.
+
+    Example:
+        >>> draw(blank((2, 1))).shape
+        (150, 300, 4)
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure.set_dpi(_DOTS_PER_INCH)
+    agg = FigureCanvasAgg(figure)
+    agg.draw()
+    return np.asarray(agg.buffer_rgba())
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """Return what :func:`draw` drew as a PNG file.
+
+    Example:
+        >>> encode_png(draw(blank((2, 1))))[1:4]
+        b'PNG'
+    """
+    from matplotlib.image import imsave
+
+    content = io.BytesIO()
+    imsave(content, pixels, format="png", dpi=_DOTS_PER_INCH)
+    return content.getvalue()
 
 
 def line_style(index: int, num_lines: int, values: Sequence[float] | np.ndarray) -> dict[str, Any]:

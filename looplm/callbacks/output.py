@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from looplm.figures import draw, encode_png
 
 if TYPE_CHECKING:
     import lightning as L
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from looplm.figures import Figure
 
 __all__ = ["publish_figure", "replace_file", "write_figure", "write_table"]
-
-_DOTS_PER_INCH = 150
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -65,7 +63,7 @@ def write_figure(path: Path, figure: Figure) -> None:
         >>> path.read_bytes()[1:4]
         b'PNG'
     """
-    _write_pixels(path, _pixels(figure))
+    replace_file(path, encode_png(draw(figure)))
 
 
 def publish_figure(trainer: L.Trainer, key: str, figure: Figure, path: Path) -> None:
@@ -81,7 +79,7 @@ def publish_figure(trainer: L.Trainer, key: str, figure: Figure, path: Path) -> 
         >>> figure = depth_curves({"run": ([0, 1], [0.0, 1.0])})
         >>> publish_figure(trainer, "val/curve", figure, Path(tempfile.mkdtemp()) / "val_curve.png")
     """
-    pixels = _pixels(figure)
+    pixels = draw(figure)
     step = int(trainer.callback_metrics.get("step", trainer.global_step))
     for logger in trainer.loggers:
         experiment: Any = getattr(logger, "experiment", None)
@@ -89,22 +87,4 @@ def publish_figure(trainer: L.Trainer, key: str, figure: Figure, path: Path) -> 
             experiment.add_image(key, pixels[..., :3], global_step=step, dataformats="HWC")
         elif hasattr(logger, "log_image"):
             logger.log_image(key, [figure], step=step)
-    _write_pixels(path, pixels)
-
-
-def _pixels(figure: Figure) -> np.ndarray:
-    """Draw a figure: uint8 ``(H, W, 4)``."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    figure.set_dpi(_DOTS_PER_INCH)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())
-
-
-def _write_pixels(path: Path, pixels: np.ndarray) -> None:
-    from matplotlib.image import imsave
-
-    picture = io.BytesIO()
-    imsave(picture, pixels, format="png", dpi=_DOTS_PER_INCH)
-    replace_file(path, picture.getvalue())
+    replace_file(path, encode_png(pixels))
