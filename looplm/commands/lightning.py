@@ -190,14 +190,14 @@ class LoopLMCLI(LightningCLI):
             root = self._run_config.trainer.default_root_dir
             # Its own metric would be -1 in every run; SaveSettings names those that are measured.
             kwargs["logger"] = TensorBoardLogger(root, name="", version="", default_hp_metric=False)
+        given = self._get(self.config_init, "trainer").callbacks
+        given = [*given] if isinstance(given, list) else [given]  # the trainer adds its own to a list that it is given
         trainer: Any = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = DurableCheckpointIO()
         trainer.callbacks.insert(0, SaveOnSignal())  # before the checkpoints, which come last
-        given = self._get(self.config_init, "trainer").callbacks
         bar = trainer.progress_bar_callback
-        is_given = bar is given or (isinstance(given, list) and bar in given)
-        if bar is not None and not is_given and not _can_redraw():
+        if bar is not None and bar not in given and not _can_redraw():
             # Lightning's own choice is rich's bar; whoever names one in `trainer.callbacks` gets that one.
             trainer.callbacks[trainer.callbacks.index(bar)] = ProgressLines()
         return trainer

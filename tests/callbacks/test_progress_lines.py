@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from looplm.callbacks.progress_lines import ProgressLines
+from looplm.cli import main
 
 
 class Line(L.LightningModule):
@@ -61,3 +63,17 @@ def test_first_and_last_step_alone_in_a_short_run(capsys: pytest.CaptureFixture[
 def test_negative_wait_is_refused() -> None:
     with pytest.raises(ValueError, match="`every_seconds` must be >= 0, got -1"):
         ProgressLines(-1)
+
+
+@pytest.mark.parametrize("callbacks", [[], [{"class_path": "LearningRateMonitor"}]])
+def test_fit_writes_lines_whatever_other_callbacks_it_has(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    write_config: Callable[..., Path],
+    callbacks: list[dict[str, str]],
+) -> None:
+    config = write_config(
+        trainer__default_root_dir=str(tmp_path), trainer__enable_progress_bar=True, trainer__callbacks=callbacks
+    )
+    assert main(["fit", "--config", str(config)]) == 0
+    assert re.search(r"^step 1 of \d+, ", capsys.readouterr().out, re.MULTILINE)
