@@ -102,11 +102,27 @@ def _integer_seed(seed: Any) -> int:
     return seed
 
 
-class RunCheckpoint(ModelCheckpoint):
-    """ModelCheckpoint whose ``last.ckpt`` also holds the last step of a run.
+class _Trainer(L.Trainer):
+    """Trainer whose files stand in the run's directory, whatever folders of their own its loggers have."""
 
-    Lightning's own keeps the last multiple of ``every_n_train_steps``, so that ``test`` would read older weights.
+    @property
+    def log_dir(self) -> str:
+        """The run's directory, where callbacks write."""
+        return self.default_root_dir
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """ModelCheckpoint in the run's directory whose ``last.ckpt`` also holds the last step of a run.
+
+    Lightning's own stands in a folder of the first logger, and keeps the last multiple of ``every_n_train_steps``:
+    ``test`` would not find it, or read older weights.
     """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Choose the folder, unless the config names one."""
+        if self.dirpath is None:
+            self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
+        super().setup(trainer, pl_module, stage)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save what the last multiple left out."""
@@ -249,7 +265,7 @@ class LoopLMCLI(LightningCLI):
 
     def after_test(self) -> None:
         """Say what the curve's peak is and where the curve is."""
-        root = Path(self.trainer.log_dir or self._run_config.trainer.default_root_dir)  # where the curve is written
+        root = Path(self._run_config.trainer.default_root_dir)
         for split, summary in json.loads((root / "test_summary.json").read_text(encoding="utf-8")).items():
             values = ", ".join(f"{name} {value:.4g}" for name, value in summary.items())
             rank_zero_info(f"exact match on {split}: {values}")
@@ -298,6 +314,7 @@ def run(argv: Sequence[str]) -> LoopLMCLI:
         return LoopLMCLI(
             LoopLM,
             L.LightningDataModule,
+            trainer_class=_Trainer,
             subclass_mode_data=True,
             seed_everything_default=0,
             auto_configure_optimizers=False,

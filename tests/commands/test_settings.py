@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,13 @@ def events(run: Path) -> Any:
     return accumulator
 
 
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def test_every_logger_gets_the_same_scalars(run: Path, events: Any) -> None:
-    with (run / "CSVLogger" / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = _rows(run / "CSVLogger" / "metrics.csv")
     for tag in (tags := set(events.Tags()["scalars"])):
         logged = {event.step: event.value for event in events.Scalars(tag)}
         written = {int(row["step"]): float(row[tag]) for row in rows if row[tag]}
@@ -95,3 +100,18 @@ def test_an_evaluation_afterwards_takes_no_step_back(run: Path, events: Any) -> 
     assert len(accumulator.Scalars("epoch")) == before["epoch"]
     for tag in tags["images"]:
         assert accumulator.Images(tag)[-1].step == TINY["trainer"]["max_steps"], tag
+
+
+def test_a_run_with_another_logger_has_everything_in_its_directory(
+    tmp_path: Path, write_config: Callable[..., Path]
+) -> None:
+    root = tmp_path / "run"
+    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path / "logs")}}
+    config = write_config(trainer__default_root_dir=str(root), trainer__logger=logger)
+    assert main(["fit", "--config", str(config)]) == 0
+    assert {"config.yaml", "checkpoints", "val_curve.csv", "val_curve.png"} <= {path.name for path in root.iterdir()}
+    assert main(["fit", "--config", str(config), "--ckpt_path", "last", "--trainer.max_steps", "6"]) == 0
+    assert main(["test", "--config", str(root / "config.yaml")]) == 0
+    assert (root / "test_curve.csv").is_file()
+    steps = [row["step"] for row in _rows(tmp_path / "logs" / "lightning_logs" / "version_1" / "metrics.csv")]
+    assert min(map(int, steps)) == 4  # it went on, where a run from the start would begin at 0
