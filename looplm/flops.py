@@ -18,13 +18,23 @@ def _qkv(config: LoopedConfig, batch_size: int, length: int) -> int:
     return 2 * batch_size * length * config.width * (config.num_heads + 2 * config.kv_heads) * config.head_width
 
 
+def _queries(config: LoopedConfig, num_queries: int) -> int:
+    return 2 * num_queries * config.width * config.num_heads * config.head_width
+
+
+def _per_query(config: LoopedConfig, num_queries: int, length: int) -> int:
+    """Return the FLOPs of a block beside keys and values: a query, what it attends to and what follows from it."""
+    attended = config.num_heads * config.head_width
+    out = 2 * num_queries * attended * config.width
+    scores_and_mixture = 2 * 2 * num_queries * length * attended
+    ffn = (3 if config.activation == "swiglu" else 2) * 2 * num_queries * config.width * config.ffn_width
+    return _queries(config, num_queries) + out + scores_and_mixture + ffn
+
+
 def _block(config: LoopedConfig, batch_size: int, length: int) -> int:
     tokens = batch_size * length
-    attended = config.num_heads * config.head_width
-    out = 2 * tokens * attended * config.width
-    scores_and_mixture = 2 * 2 * batch_size * length**2 * attended
-    ffn = (3 if config.activation == "swiglu" else 2) * 2 * tokens * config.width * config.ffn_width
-    return _qkv(config, batch_size, length) + out + scores_and_mixture + ffn
+    keys_and_values = _qkv(config, batch_size, length) - _queries(config, tokens)
+    return keys_and_values + _per_query(config, tokens, length)
 
 
 def _step(config: LoopedConfig, batch_size: int, length: int) -> int:
@@ -47,7 +57,12 @@ def _without_input_gradient(config: LoopedConfig, batch_size: int, length: int) 
 
 
 def forward_flops(
-    config: LoopedConfig, batch_size: int, length: int, num_loops: int, num_logits: int | None = None
+    config: LoopedConfig,
+    batch_size: int,
+    length: int,
+    num_loops: int,
+    num_logits: int | None = None,
+    num_queries: int | None = None,
 ) -> int:
     """Return the FLOPs of a forward pass without a cache.
 
@@ -57,6 +72,8 @@ def forward_flops(
         length: T, tokens a sequence, padding included.
         num_loops: Loops that are run.
         num_logits: Positions whose logits are computed: in training those with a label; None: all B·T.
+        num_queries: Positions from which the last loop's last block attends, see
+            :class:`~looplm.objective.ObjectiveOutput`; None: all B·T.
 
     Example:
         >>> config = LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2, ffn_width=32)
@@ -65,7 +82,8 @@ def forward_flops(
     """
     outer = (config.num_prelude_layers + config.num_coda_layers) * _block(config, batch_size, length)
     loops = num_loops * _step(config, batch_size, length)
-    return outer + loops + _head(config, batch_size * length if num_logits is None else num_logits)
+    spared = 0 if num_queries is None else _per_query(config, batch_size * length - num_queries, length)
+    return outer + loops - spared + _head(config, batch_size * length if num_logits is None else num_logits)
 
 
 def training_flops(
@@ -75,6 +93,7 @@ def training_flops(
     num_loops: int,
     backprop_loops: int | None = None,
     num_logits: int | None = None,
+    num_queries: int | None = None,
 ) -> int:
     """Return the FLOPs of a forward and a backward pass at the depth that is run.
 
@@ -88,13 +107,16 @@ def training_flops(
         >>> training_flops(config, 2, 5, 100, backprop_loops=2) - training_flops(config, 2, 5, 99, backprop_loops=2)
         44160
     """
-    forward = forward_flops(config, batch_size, length, num_loops, num_logits)
+    forward = forward_flops(config, batch_size, length, num_loops, num_logits, num_queries)
     if backprop_loops is None or num_loops <= backprop_loops:
         return 3 * forward
     backward = forward - (num_loops - backprop_loops) * _step(config, batch_size, length)
     if config.input_injection == "none":
         backward -= config.num_prelude_layers * _block(config, batch_size, length)
-    return forward + 2 * backward - _without_input_gradient(config, batch_size, length)
+    without = _without_input_gradient(config, batch_size, length)
+    if without and num_queries is not None and backprop_loops == config.num_core_layers == 1:
+        without -= _queries(config, batch_size * length - num_queries)
+    return forward + 2 * backward - without
 
 
 def penalty_flops(config: LoopedConfig, batch_size: int, length: int, penalty: Penalty) -> int:

@@ -7,6 +7,8 @@ derivative of the fused LayerNorm is wrong there.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ __all__ = [
     "Block",
     "DiagonalInjection",
     "FeedForward",
+    "KeptPositions",
     "Norm",
     "rotary_angles",
     "rotate_half_split",
@@ -92,6 +95,43 @@ def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
 
 
+@dataclass(frozen=True)
+class KeptPositions:
+    """Some positions of every row, in their order; rows with fewer than others are filled with other positions.
+
+    Attributes:
+        index: Int64 ``(B, Q)``.
+        real: Bool ``(B, Q)``, False at what fills a row.
+
+    Example:
+        >>> kept = KeptPositions.of(torch.tensor([[False, True, True], [False, False, True]]))
+        >>> kept.index.tolist(), kept.real.tolist()
+        ([[1, 2], [2, 0]], [[True, True], [True, False]])
+    """
+
+    index: Tensor
+    real: Tensor
+
+    @classmethod
+    def of(cls, where: Tensor) -> KeptPositions:
+        """Return the positions where a bool ``(B, T)`` is True."""
+        counts = where.sum(1)
+        index = (~where).byte().argsort(dim=1, stable=True)[:, : int(counts.max())]
+        return cls(index, torch.arange(index.shape[1], device=where.device) < counts[:, None])
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Map ``(B or 1, T, …)`` to ``(B, Q, …)``."""
+        rest = x.shape[2:]
+        index = self.index.view(*self.index.shape, *(1 for _ in rest)).expand(-1, -1, *rest)
+        return x.expand(len(self.index), *x.shape[1:]).gather(1, index)
+
+    def mask(self, mask: Tensor | None, length: int) -> Tensor:
+        """Return the rows ``(B, 1, Q, S)`` of an attention mask ``(B or 1, 1, T, S)``; None: of the causal one."""
+        if mask is not None:
+            return self.gather(mask[:, 0])[:, None]
+        return (torch.arange(length, device=self.index.device) <= self.index[..., None])[:, None]
+
+
 class Attention(nn.Module):
     """Causal self-attention with grouped-query heads.
 
@@ -114,7 +154,12 @@ class Attention(nn.Module):
         self.k_bias = nn.Parameter(torch.zeros(self.num_kv_heads, self.head_width)) if config.qk_bias else None
 
     def forward(
-        self, x: Tensor, mask: Tensor | None, rotary: tuple[Tensor, Tensor] | None, slot: KVSlot | None = None
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        rotary: tuple[Tensor, Tensor] | None,
+        slot: KVSlot | None = None,
+        kept: KeptPositions | None = None,
     ) -> Tensor:
         """Attend over earlier positions.
 
@@ -124,19 +169,22 @@ class Attention(nn.Module):
                 slot holds earlier tokens, attention to all keys.
             rotary: cos and sin, each ``(B or 1, 1, T, d/2)``, or None.
             slot: Keys and values of earlier tokens, to which those of ``x`` are added; None: S = T.
+            kept: Query from these positions alone; without a slot.
 
         Returns:
-            ``(B, T, D)``.
+            ``(B, T, D)``, or ``(B, Q, D)``.
         """
         batch, length, _ = x.shape
         q, k, v = (
-            part.view(batch, length, -1, self.head_width).transpose(1, 2)
-            for part in self.qkv(x).split(self.split_sizes, dim=-1)
+            part.view(batch, part.shape[1], -1, self.head_width).transpose(1, 2) for part in self._project(x, kept)
         )
         if self.q_bias is not None and self.k_bias is not None:
             q, k = q + self.q_bias[:, None], k + self.k_bias[:, None]
         if rotary is not None:
-            q, k = self.rotate(q, *rotary), self.rotate(k, *rotary)
+            at_queries = rotary if kept is None else tuple(kept.gather(part[:, 0])[:, None] for part in rotary)
+            q, k = self.rotate(q, *at_queries), self.rotate(k, *rotary)
+        if kept is not None:
+            mask = kept.mask(mask, length)
         if slot is not None:
             k, v = slot.append(k, v)
         mixed = F.scaled_dot_product_attention(
@@ -148,7 +196,17 @@ class Attention(nn.Module):
             is_causal=mask is None and k.shape[2] == length,
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
-        return self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
+        return self.out(mixed.transpose(1, 2).reshape(batch, q.shape[2], -1))
+
+    def _project(self, x: Tensor, kept: KeptPositions | None) -> tuple[Tensor, ...]:
+        """Return queries, keys and values, heads side by side."""
+        if kept is None:
+            return self.qkv(x).split(self.split_sizes, dim=-1)
+        q_width, kv_width = self.split_sizes[0], 2 * self.split_sizes[1]
+        weights = self.qkv.weight.split([q_width, kv_width])
+        biases = (None, None) if self.qkv.bias is None else self.qkv.bias.split([q_width, kv_width])
+        k_and_v = F.linear(x, weights[1], biases[1]).split(self.split_sizes[1:], dim=-1)
+        return (F.linear(kept.gather(x), weights[0], biases[0]), *k_and_v)
 
 
 class FeedForward(nn.Module):
@@ -203,10 +261,11 @@ class Block(nn.Module):
         mask: Tensor | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
         slot: KVSlot | None = None,
+        kept: KeptPositions | None = None,
     ) -> Tensor:
-        """Map ``(B, T, D)`` to ``(B, T, D)``; for the rest see :meth:`Attention.forward`."""
-        branch = self.dropout(self.attention(self.attention_norm(x), mask, rotary, slot))
-        x = self._join(x, branch, self.attention_out_norm)
+        """Map ``(B, T, D)`` to ``(B, T, D)`` or ``(B, Q, D)``; for the rest see :meth:`Attention.forward`."""
+        branch = self.dropout(self.attention(self.attention_norm(x), mask, rotary, slot, kept))
+        x = self._join(x if kept is None else kept.gather(x), branch, self.attention_out_norm)
         branch = self.dropout(self.ffn(self.ffn_norm(x)))
         return self._join(x, branch, self.ffn_out_norm)
 

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 __all__ = [
     "CachedLoopedModel",
     "Hidden",
+    "LastStepModel",
     "LoopState",
     "LoopedModel",
     "SegmentLength",
@@ -145,6 +146,25 @@ class CachedLoopedModel(LoopedModel, Protocol):
 
     def decode(self, state: LoopState, cache: Any = None, logits_to_keep: int | Tensor | None = None) -> Tensor:
         """Like :meth:`LoopedModel.decode`, for the last positions alone, or those of a bool ``(B, T)``, where given."""
+        ...
+
+
+@runtime_checkable
+class LastStepModel(Protocol):
+    """A looped model that can spare itself what only the states after the last step would need.
+
+    Example:
+        >>> from looplm import LoopedConfig, LoopedTransformer
+        >>> model = LoopedTransformer(LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2, ffn_width=32))
+        >>> isinstance(model, LastStepModel)
+        True
+    """
+
+    def step_and_decode(self, state: LoopState, logits_to_keep: Tensor) -> tuple[Tensor, int]:
+        """Return ``decode(step(state))`` where a bool ``(B, T)`` is True, ``(N, V)``, and how many positions were run.
+
+        The number is that of the last block's queries, B·T where nothing is spared.
+        """
         ...
 
 

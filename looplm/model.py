@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from looplm.cache import KVSlot, LoopKVCache
 from looplm.config import LoopedConfig
-from looplm.layers import Block, DiagonalInjection, Norm, rotary_angles
+from looplm.layers import Block, DiagonalInjection, KeptPositions, Norm, rotary_angles
 from looplm.loop import Hidden, LoopState, unroll_at
 from looplm.origin import Origin
 from looplm.randomness import fold
@@ -19,6 +19,7 @@ from looplm.randomness import fold
 __all__ = ["LoopedTransformer", "Origin"]
 
 _NOISE_BLOCK = 16  # positions whose initial states are drawn together in evaluation
+_MOST_KEPT = 0.75  # share of the positions from which on gathering them costs what it spares
 
 
 class LoopedTransformer(nn.Module):
@@ -146,14 +147,7 @@ class LoopedTransformer(nn.Module):
             state: The state; pure in it where there is no cache.
             cache: What ``embed`` was given; the slots of loop ``state.depth`` are read and written.
         """
-        hidden: Any = state.hidden
-        injected = state.context["injected"]
-        if isinstance(self.injection, DiagonalInjection):
-            hidden = self.injection(hidden, injected)
-        elif self.injection is not None:
-            hidden = self.injection(torch.cat([hidden, injected], dim=-1))
-        elif injected is not None:
-            hidden = hidden + injected
+        hidden = self._inject(state)
         layers = range(len(self.core))
         slots = [None for _ in layers] if cache is None else [cache.core_slot(state.depth, layer) for layer in layers]
         # Evaluation has neither; the penalty, dropout off, has gradients.
@@ -163,6 +157,15 @@ class LoopedTransformer(nn.Module):
         else:
             hidden = self._blocks(self.core, hidden, state.context, slots)
         return state.advance(self.final_norm(hidden) if self.config.loop_norm else hidden)
+
+    def _inject(self, state: LoopState) -> Tensor:
+        hidden: Any = state.hidden
+        injected = state.context["injected"]
+        if isinstance(self.injection, DiagonalInjection):
+            return self.injection(hidden, injected)
+        if self.injection is not None:
+            return self.injection(torch.cat([hidden, injected], dim=-1))
+        return hidden if injected is None else hidden + injected
 
     def decode(
         self, state: LoopState, cache: LoopKVCache | None = None, logits_to_keep: int | Tensor | None = None
@@ -184,9 +187,36 @@ class LoopedTransformer(nn.Module):
             hidden = hidden[logits_to_keep]
         elif logits_to_keep is not None:
             hidden = hidden[:, -logits_to_keep:]
+        return self._read_out(hidden)
+
+    def _read_out(self, hidden: Tensor) -> Tensor:
         if not self.config.loop_norm or len(self.coda) > 0:
             hidden = self.final_norm(hidden)
         return F.linear(hidden, self.token_embedding.weight if self.head is None else self.head.weight)
+
+    def step_and_decode(self, state: LoopState, logits_to_keep: Tensor) -> tuple[Tensor, int]:
+        """Return the logits after one more step, where they are wanted, and how many queries its last block ran.
+
+        In a training step without a penalty nothing but the head reads the last states. So the last block runs keys and
+        values of all positions, and queries, output and MLP of those with a label alone, padded to as many a row. Where
+        few are spared, with a coda or compiled, this is ``decode(step(state))``.
+
+        Args:
+            state: The state before the step.
+            logits_to_keep: Bool ``(B, T)``, True where logits are wanted.
+
+        Returns:
+            ``(N, V)``, in the order of the rows, and B·Q, or B·T.
+        """
+        kept = KeptPositions.of(logits_to_keep)
+        most = kept.index.shape[1]
+        if len(self.coda) or self._compiled is not None or not 0 < most <= _MOST_KEPT * logits_to_keep.shape[1]:
+            return self.decode(self.step(state), logits_to_keep=logits_to_keep), logits_to_keep.numel()
+        hidden = self._blocks(self.core, self._inject(state), state.context, [None for _ in self.core], kept)
+        hidden = hidden[kept.real]
+        for is_normed in (self.config.loop_norm, self.config.coda_norm):
+            hidden = self.final_norm(hidden) if is_normed else hidden
+        return self._read_out(hidden), kept.index.numel()
 
     def exit_logit(self, state: LoopState) -> Tensor:
         """Return the learned gate's ``w·h + b``, ``(B, T)``; its sigmoid is the probability to stop here.
@@ -238,9 +268,17 @@ class LoopedTransformer(nn.Module):
         ((_, state),) = unroll_at(self, self.embed(inputs, attention_mask), [num_loops])
         return self.decode(state)
 
-    def _blocks(self, blocks: nn.ModuleList, hidden: Any, context: Any, slots: Sequence[KVSlot | None]) -> Tensor:
-        for block, slot in zip(blocks, slots, strict=True):
-            hidden = block(hidden, context["mask"], context["rotary"], slot)
+    def _blocks(
+        self,
+        blocks: nn.ModuleList,
+        hidden: Any,
+        context: Any,
+        slots: Sequence[KVSlot | None],
+        kept: KeptPositions | None = None,
+    ) -> Tensor:
+        """Run blocks in turn, the last at ``kept`` alone, where given."""
+        for index, (block, slot) in enumerate(zip(blocks, slots, strict=True), start=1):
+            hidden = block(hidden, context["mask"], context["rotary"], slot, kept if index == len(blocks) else None)
         return hidden
 
 

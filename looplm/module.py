@@ -233,7 +233,8 @@ class LoopLM(L.LightningModule):
 
     def _count_flops(self, inputs: Tensor, out: ObjectiveOutput) -> int:
         batch_size, length = inputs.shape
-        flops = training_flops(self.config, batch_size, length, out.depth, self.objective.backprop_loops, out.num_preds)
+        spared = (self.objective.backprop_loops, out.num_preds, out.num_queries)
+        flops = training_flops(self.config, batch_size, length, out.depth, *spared)
         if self.objective.penalty is None or out.penalty is None:
             return flops
         return flops + penalty_flops(self.config, batch_size, length, self.objective.penalty)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from looplm.depth import DepthSampler
-from looplm.loop import CachedLoopedModel, LoopedModel, LoopState, SegmentLength, last_states
+from looplm.loop import CachedLoopedModel, LastStepModel, LoopedModel, LoopState, SegmentLength, last_states
 from looplm.randomness import StepKey
 from looplm.stability.penalty import Penalty
 
@@ -51,6 +51,8 @@ class ObjectiveOutput:
     """The likeliest token at each labelled position, −100 elsewhere; of the labels' shape."""
     num_preds: int
     """Labelled positions, over whose logits the loss was computed."""
+    num_queries: int
+    """Positions of the last loop's last block that were run, B·T unless ``spare_unlabelled``."""
 
 
 @contextlib.contextmanager
@@ -103,6 +105,10 @@ class STARSObjective:
     checkpoint_loops: SegmentLength | None = None
     """Activation checkpointing: keep one state every that many loops and compute the rest again in the backward pass,
     once (1) or twice (more); ``sqrt``: every ⌈√t⌉; None: keep everything. See :func:`~looplm.loop.last_states`."""
+    spare_unlabelled: bool = False
+    """In steps without a penalty run the last block of the last loop at labelled positions alone, if the model is a
+    :class:`~looplm.loop.LastStepModel`: the same gradients. Worth its gathering where the core is a block or two and
+    most tokens are a question; then it is a good part of a step."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.penalty_weight <= 1:
@@ -147,20 +153,27 @@ class STARSObjective:
         """
         depth = self.depth_sampler.sample(key)
         labelled = batch["labels"] != -100
+        weight = self.weight_at(key.optimizer_step)
+        is_penalized = self.penalty is not None and weight > 0
         state = model.embed(batch["input_ids"], batch.get("attention_mask"))
-        previous, state = last_states(model, state, depth, self.backprop_loops, self.checkpoint_loops)
         # A question's tokens have no label: a large vocabulary's logits there would be a good part of a step.
-        if isinstance(model, CachedLoopedModel):
-            logits = model.decode(state, logits_to_keep=labelled)
+        num_queries = labelled.numel()
+        if self.spare_unlabelled and isinstance(model, LastStepModel) and depth > 0 and not is_penalized:
+            backprop_loops = None if self.backprop_loops is None else self.backprop_loops - 1
+            _, previous = last_states(model, state, depth - 1, backprop_loops, self.checkpoint_loops)
+            logits, num_queries = model.step_and_decode(previous, labelled)
         else:
-            logits = model.decode(state)[labelled]
+            previous, state = last_states(model, state, depth, self.backprop_loops, self.checkpoint_loops)
+            if isinstance(model, CachedLoopedModel):
+                logits = model.decode(state, logits_to_keep=labelled)
+            else:
+                logits = model.decode(state)[labelled]
         losses = F.cross_entropy(logits.float(), batch["labels"][labelled], reduction="sum")
         count = labelled.sum() if num_labels is None else num_labels
         cross_entropy = losses / count.masked_fill(count == 0, 1)  # a batch without labels gives 0, not NaN
-        weight = self.weight_at(key.optimizer_step)
         penalty = None
         loss = cross_entropy
-        if self.penalty is not None and weight > 0:
+        if self.penalty is not None and is_penalized:
             penalty = stability_term(self.penalty, model, state, previous, key)
             loss = (1 - weight) * cross_entropy + weight * penalty
         return ObjectiveOutput(
@@ -171,6 +184,7 @@ class STARSObjective:
             depth=depth,
             preds=torch.full_like(batch["labels"], -100).masked_scatter_(labelled, logits.detach().argmax(-1)),
             num_preds=len(logits),
+            num_queries=num_queries,
         )
 
 

@@ -148,7 +148,7 @@ def test_a_compiled_run_is_the_eager_run_and_its_checkpoints_are_exchanged(
     assert _num_graphs() > 0
     assert list(whole.values()) == pytest.approx(list(eager.values()), rel=1e-4)
     fit("half", 2, compile_it)
-    checkpoint = str(tmp_path / "half" / "csv" / "checkpoints" / "last.ckpt")
+    checkpoint = str(tmp_path / "half" / "checkpoints" / "last.ckpt")
     resume = f"--ckpt_path={checkpoint}"
     resumed = {"on": fit("on", 4, resume, compile_it), "off": fit("off", 4, resume)}
     assert list(resumed["on"]) == [2, 3]

@@ -84,13 +84,17 @@ def test_a_forward_pass_is_counted_exactly(name: str) -> None:
         assert forward_flops(config, BATCH, LENGTH, num_loops) == counted
 
 
-@pytest.mark.parametrize("backprop_loops", [None, 2])
+@pytest.mark.parametrize("spare_unlabelled", [False, True])
+@pytest.mark.parametrize("backprop_loops", [None, 1, 2])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_training_step_is_counted_exactly_at_every_depth(name: str, backprop_loops: int | None) -> None:
+def test_a_training_step_is_counted_exactly_at_every_depth(
+    name: str, backprop_loops: int | None, spare_unlabelled: bool
+) -> None:
     config = _config(name)
+    num_queries = NUM_LABELS if spare_unlabelled and not config.num_coda_layers else None  # a row has as many labels
     for num_loops in (1, 2, 7):
-        counted = _step(config, num_loops, backprop_loops=backprop_loops)
-        assert training_flops(config, BATCH, LENGTH, num_loops, backprop_loops, NUM_LABELS) == counted
+        counted = _step(config, num_loops, backprop_loops=backprop_loops, spare_unlabelled=spare_unlabelled)
+        assert training_flops(config, BATCH, LENGTH, num_loops, backprop_loops, NUM_LABELS, num_queries) == counted
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,43 @@ def test_logits_of_some_positions_are_those_of_all(tokens):
     torch.testing.assert_close(model.decode(reached, logits_to_keep=2), logits[:, -2:])
 
 
+@pytest.mark.parametrize("rows", ["plain", "left_padded", "packed"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"positions": "rotary", "num_kv_heads": 1, "num_core_layers": 2, "use_bias": True},
+        {"positions": "rotary", "rotary_pairs": "interleaved", "qk_bias": True, "loop_norm": True},
+        {"input_injection": "linear", "num_prelude_layers": 1, "norm_placement": "post_norm", "coda_norm": True},
+        {"input_injection": "diagonal", "activation": "swiglu", "norm_type": "rms_norm", "tie_embeddings": False},
+        {"num_coda_layers": 1},
+    ],
+)
+def test_the_last_step_at_some_positions_is_that_of_all(changes, rows, tokens):
+    model = build(**changes)
+    batch, length = tokens.shape
+    mask = {
+        "plain": None,
+        "left_padded": torch.arange(length) >= torch.arange(batch)[:, None] % 3,
+        "packed": 1 + (torch.arange(length) >= length // 2).long().expand(batch, -1),
+    }[rows]
+    state = model.step(model.embed(tokens, mask))
+    where = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(1)) < 0.4
+    where[0] = False
+    where[:, -2:] = True
+    logits, num_queries = model.step_and_decode(state, where)
+    expected = model.decode(model.step(state))[where]
+    torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
+    most = int(where.sum(1).max())
+    spares = most <= 0.75 * length and not changes.get("num_coda_layers")
+    assert num_queries == batch * (most if spares else length)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    options = {"allow_unused": True, "retain_graph": True}
+    gradients = (torch.autograd.grad(out.square().sum(), parameters, **options) for out in (logits, expected))
+    for here, there in zip(*gradients, strict=True):
+        torch.testing.assert_close(here, there, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
 def test_step_is_pure_and_counts_depth(positions, tokens):
     model = build(positions=positions, input_injection="linear")

@@ -1,5 +1,6 @@
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -113,10 +114,11 @@ def test_without_penalty_the_loss_is_cross_entropy(model, batch):
     assert out.num_preds == batch["labels"].ne(-100).sum()
 
 
+@pytest.mark.parametrize("spare_unlabelled", [False, True])
 @pytest.mark.parametrize("changes", [{}, {"num_coda_layers": 1}, {"tie_embeddings": False}])
-def test_logits_of_labelled_positions_alone_give_the_same_loss_and_gradient(batch, changes):
+def test_logits_of_labelled_positions_alone_give_the_same_loss_and_gradient(batch, changes, spare_unlabelled):
     model = transformer(**changes).eval()
-    out = STARSObjective(depth_sampler=FixedDepth(2))(model, batch, KEY)
+    out = STARSObjective(depth_sampler=FixedDepth(2), spare_unlabelled=spare_unlabelled)(model, batch, KEY)
     expected = cross_entropy(model, batch, 2)
     assert out.loss.item() == pytest.approx(expected.item(), rel=1e-6)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -127,9 +129,36 @@ def test_logits_of_labelled_positions_alone_give_the_same_loss_and_gradient(batc
     assert torch.equal(out.preds, best.masked_fill(batch["labels"] == -100, -100))
 
 
-def test_a_batch_without_labels_has_no_loss_and_zero_gradients(batch):
+@pytest.mark.parametrize("backprop_loops", [None, 1, 2])
+@pytest.mark.parametrize("num_loops", [1, 2, 3])
+def test_sparing_unlabelled_positions_changes_no_gradient(batch, num_loops, backprop_loops):
+    model = transformer(input_injection="add", num_prelude_layers=1).eval()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    outs = []
+    for spare_unlabelled in (False, True):
+        options = {"backprop_loops": backprop_loops, "spare_unlabelled": spare_unlabelled}
+        outs.append(STARSObjective(depth_sampler=FixedDepth(num_loops), **options)(model, batch, KEY))
+    everywhere, spared = outs
+    assert spared.num_queries < everywhere.num_queries == batch["labels"].numel()
+    assert torch.equal(spared.preds, everywhere.preds)
+    gradients = (torch.autograd.grad(out.loss, parameters, allow_unused=True) for out in outs)
+    for here, there in zip(*gradients, strict=True):
+        torch.testing.assert_close(here, there, rtol=1e-5, atol=1e-7)
+
+
+def test_a_penalty_reads_the_states_of_all_positions(batch):
+    penalty = {"penalty": JacobianPenalty(method="finite_difference"), "penalty_weight": 0.1, "penalty_start_step": 5}
+    objective = STARSObjective(depth_sampler=FixedDepth(2), spare_unlabelled=True, **penalty)
+    model = transformer().eval()
+    before, after = (objective(model, batch, replace(KEY, optimizer_step=step)) for step in (4, 5))
+    assert before.num_queries < after.num_queries == batch["labels"].numel()
+
+
+@pytest.mark.parametrize("spare_unlabelled", [False, True])
+def test_a_batch_without_labels_has_no_loss_and_zero_gradients(batch, spare_unlabelled):
     model = transformer()
-    out = STARSObjective(depth_sampler=FixedDepth(2))(model, {**batch, "labels": batch["labels"] * 0 - 100}, KEY)
+    objective = STARSObjective(depth_sampler=FixedDepth(2), spare_unlabelled=spare_unlabelled)
+    out = objective(model, {**batch, "labels": batch["labels"] * 0 - 100}, KEY)
     out.loss.backward()
     assert (out.loss, out.num_preds) == (0, 0)
     assert all(not parameter.grad.any() for parameter in model.core.parameters())
