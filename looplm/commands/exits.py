@@ -24,7 +24,7 @@ from looplm.generation import GenerationOptions, generate_with_loops
 from looplm.group_figures import numbered_points
 from looplm.model import LoopedTransformer
 
-__all__ = ["ExitRow", "Problems", "choose", "make_parser", "run"]
+__all__ = ["ExitRow", "Problems", "choose", "equal_depth", "make_parser", "run"]
 
 _EXAMPLES = """\
 examples:
@@ -152,6 +152,20 @@ def choose(rows: Sequence[ExitRow], rule: str, most_lost: float) -> float:
     return min(kept or tried, key=lambda row: row.mean_loops if kept else -row.mean_loops).threshold
 
 
+def equal_depth(fixed: Sequence[ExitRow], exact_match: float) -> ExitRow:
+    """Return the least fixed depth that is right as often, or as often as any is where none is.
+
+    Example:
+        >>> names, same = ("threshold", "exact_match", "mean_loops"), {"split": "test", "cache": "per_loop"}
+        >>> measured = [(2, 0.90, 2.0), (3, 0.98, 3.0), (4, 0.97, 4.0)]
+        >>> rows = [ExitRow(rule="fixed", **dict(zip(names, values)), **same, cache_bytes=1) for values in measured]
+        >>> equal_depth(rows, 0.95).threshold, equal_depth(rows, 1.0).threshold
+        (3, 3)
+    """
+    most = min(exact_match, max(row.exact_match for row in fixed))
+    return next(row for row in fixed if row.exact_match >= most)
+
+
 def _measure_all(
     model: LoopedTransformer, sets: dict[str, Problems], num_loops: int, caches: Sequence[str]
 ) -> Iterator[ExitRow]:
@@ -239,14 +253,14 @@ def _report(rows: Sequence[ExitRow], num_loops: int, most_lost: float, output: P
         f"Exits on the test set, thresholds chosen on train ({100 * deepest.exact_match:.1f} % at {num_loops} loops)"
     )
     table = Table(title=title)
-    # A fixed depth is equal if it is the least that is right as often.
     saved = f"saved of {num_loops}"
-    for column in ("rule", "threshold", "right (%)", "lost (points)", "loops", saved, "equal depth", "saved of it"):
-        table.add_column(column, justify="left" if column == "rule" else "right")
+    table.add_column("rule", no_wrap=True)
+    for column in ("threshold", "right (%)", "points lost", "loops", saved, "equal depth", "saved of it"):
+        table.add_column(column, justify="right", no_wrap=column == "threshold")
     for rule in dict.fromkeys(row.rule for row in test if row.rule != "fixed"):
         threshold = choose(rows, rule, most_lost)
         row = next(row for row in test if row.rule == rule and row.threshold == threshold)
-        equal = next((f for f in fixed if f.exact_match >= row.exact_match), deepest)
+        equal = equal_depth(fixed, row.exact_match)
         table.add_row(
             rule,
             f"{threshold:g}",
