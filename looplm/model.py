@@ -19,7 +19,7 @@ from looplm.randomness import fold
 __all__ = ["LoopedTransformer", "Origin"]
 
 _NOISE_BLOCK = 16  # positions whose initial states are drawn together in evaluation
-_MOST_KEPT = 0.75  # share of the positions from which on gathering them costs what it spares
+_MOST_KEPT = 0.75  # share of the positions beyond which too little is spared for a gathering and a mask
 
 
 class LoopedTransformer(nn.Module):

@@ -107,8 +107,8 @@ class _Trainer(L.Trainer):
 
     @property
     def log_dir(self) -> str:
-        """The run's directory, where callbacks write."""
-        return self.default_root_dir
+        """The run's directory, where callbacks write; like Lightning's own a broadcast, for which ranks wait."""
+        return self.strategy.broadcast(self.default_root_dir)
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -265,6 +265,8 @@ class LoopLMCLI(LightningCLI):
 
     def after_test(self) -> None:
         """Say what the curve's peak is and where the curve is."""
+        if not self.trainer.is_global_zero:  # who writes the files knows that they are there
+            return
         root = Path(self._run_config.trainer.default_root_dir)
         for split, summary in json.loads((root / "test_summary.json").read_text(encoding="utf-8")).items():
             values = ", ".join(f"{name} {value:.4g}" for name, value in summary.items())
