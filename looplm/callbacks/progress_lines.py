@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -17,7 +18,9 @@ __all__ = ["ProgressLines"]
 
 
 class ProgressLines(ProgressBar):
-    """Writes a line about training now and then: step, speed, time left, and what the progress bar would show.
+    """Writes a line now and then about training or an evaluation.
+
+    Of training: step, speed, time left and what a bar would show; of validation and test the batches done.
 
     Args:
         every_seconds: Least time between two lines; the first and the last step have one in any case.
@@ -36,6 +39,7 @@ class ProgressLines(ProgressBar):
         self.every_seconds = every_seconds
         self._is_enabled = True
         self._started_at, self._first_step, self._last_at, self._last_step = 0.0, 0, float("-inf"), -1
+        self._evaluated = 0
 
     def disable(self) -> None:
         """Write nothing, as Lightning asks of all ranks but the first."""
@@ -60,6 +64,34 @@ class ProgressLines(ProgressBar):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write where training has ended."""
         self._write(trainer, pl_module)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count from zero."""
+        self._evaluated = 0
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count from zero, and say nothing of what is over at once."""
+        self._evaluated, self._last_at = 0, time.monotonic()
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        """Write a line where it is time for one."""
+        batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        self._write_evaluated("validation", batches)
+
+    def on_test_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        """Write a line where it is time for one."""
+        self._write_evaluated("test", trainer.num_test_batches)
+
+    def _write_evaluated(self, stage: str, batches: Sequence[int | float]) -> None:
+        self._evaluated += 1
+        now = time.monotonic()
+        if not self._is_enabled or now - self._last_at < self.every_seconds:
+            return
+        self._last_at = now
+        total = sum(batches)
+        of_total = f" of {int(total):,}" if total != float("inf") else ""
+        sys.stdout.write(f"{stage}: batch {self._evaluated:,}{of_total}\n")
+        sys.stdout.flush()
 
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         step, now = trainer.global_step, time.monotonic()

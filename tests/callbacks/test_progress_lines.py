@@ -29,6 +29,11 @@ class Line(L.LightningModule):
         self.log("hidden", loss)
         return loss
 
+    def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.layer(batch)
+
+    test_step = validation_step
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
@@ -58,6 +63,22 @@ def test_a_line_a_step_where_there_is_no_wait(capsys: pytest.CaptureFixture[str]
 def test_first_and_last_step_alone_in_a_short_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     lines = _lines(capsys, tmp_path, 3600.0, max_epochs=2)
     assert [line.split(",")[0] for line in lines] == ["step 1 of 12", "step 12 of 12"]
+
+
+def test_evaluations_say_how_far_they_are(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    loaders = [DataLoader(torch.ones(4, 1), batch_size=2), DataLoader(torch.ones(3, 1), batch_size=2)]
+    trainer = L.Trainer(
+        accelerator="cpu",
+        callbacks=[ProgressLines(0.0)],
+        logger=False,
+        default_root_dir=tmp_path,
+        num_sanity_val_steps=0,
+    )
+    for evaluate, name in ((trainer.validate, "validation"), (trainer.test, "test")):
+        capsys.readouterr()
+        evaluate(Line(), loaders, verbose=False)
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(name)]
+        assert lines == [f"{name}: batch {done} of 4" for done in (1, 2, 3, 4)]
 
 
 def test_negative_wait_is_refused() -> None:
