@@ -65,9 +65,26 @@ def test_a_run_is_measured_and_drawn(write_config, tmp_path, capsys):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_exits_are_measured_with_the_cache_that_is_asked_for(write_config, tmp_path, capsys):
+    root = tmp_path / "run"
+    assert main(["fit", "--config", str(write_config(trainer__default_root_dir=str(root)))]) == 0
+    measured = {}
+    for cache in ("per_loop", "last"):
+        assert main(["exits", str(root), "--num_loops", "4", "--cache", cache, "--output", str(tmp_path / cache)]) == 0
+        with (tmp_path / cache / "exits.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert {r["cache"] for r in rows if r["rule"] != "fixed" or r["split"] == "train"} == {cache}
+        measured[cache] = {r["cache"]: r for r in rows if (r["split"], r["threshold"]) == ("test", "4.0")}
+    assert measured["per_loop"] == measured["last"]  # every cache at the greatest depth, whichever the exits had
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["none"], "is no config.yaml of a run"), (["none", "--num_loops", "1"], "must be >= 2, got 1")],
+    [
+        (["none"], "is no config.yaml of a run"),
+        (["none", "--num_loops", "1"], "must be >= 2, got 1"),
+        (["none", "--cache", "first"], "`--cache` must be `per_loop`, `last` or `ring(k)` with k >= 1, got 'first'"),
+    ],
 )
 def test_what_cannot_be_measured_is_refused(arguments, message, tmp_path, capsys):
     assert main(["exits", str(tmp_path / arguments[0]), *arguments[1:]]) == 2

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from looplm.cache import kept_loops
 from looplm.callbacks.output import write_figure
 from looplm.checkpoints import load_checkpoint
 from looplm.commands.arguments import Parser
@@ -30,6 +31,7 @@ _EXAMPLES = """\
 examples:
   python -m looplm exits runs/stars
   python -m looplm exits runs/stars --num_loops 32 --most_lost 0.005
+  python -m looplm exits runs/stars_plus --cache last
 """
 
 _TOLERANCES = (0.5, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01, 0.005, 0.002)
@@ -145,7 +147,7 @@ def choose(rows: Sequence[ExitRow], rule: str, most_lost: float) -> float:
         >>> choose(rows, "kl", most_lost=0.001)
         0.2
     """
-    train = [row for row in rows if row.split == "train" and row.cache == "per_loop"]
+    train = [row for row in rows if row.split == "train"]
     best = max((row for row in train if row.rule == "fixed"), key=lambda row: row.threshold).exact_match
     kept = [row for row in train if row.rule == rule and row.exact_match >= best - most_lost]
     tried = [row for row in train if row.rule == rule]
@@ -167,19 +169,21 @@ def equal_depth(fixed: Sequence[ExitRow], exact_match: float) -> ExitRow:
 
 
 def _measure_all(
-    model: LoopedTransformer, sets: dict[str, Problems], num_loops: int, caches: Sequence[str]
+    model: LoopedTransformer, sets: dict[str, Problems], num_loops: int, cache: str, others: Sequence[str]
 ) -> Iterator[ExitRow]:
     grids = {name: grid for name, (_, grid) in _RULES.items()}
     grids |= {"gate": _GATE} if model.exit_gate is not None else {}
     for split, problems in sets.items():
         depths = sorted({d for d in range(1, num_loops + 1) if d <= 16 or d % 8 == 0} | {num_loops})
         for depth in depths:
-            yield _measure(model, problems, split=split, num_loops=depth)
+            yield _measure(model, problems, split=split, num_loops=depth, cache=cache)
         for rule, grid in grids.items():
             for threshold in grid:
-                yield _measure(model, problems, split=split, num_loops=num_loops, rule=rule, threshold=threshold)
-    for cache in caches:
-        yield _measure(model, sets["test"], split="test", num_loops=num_loops, cache=cache)
+                yield _measure(
+                    model, problems, split=split, num_loops=num_loops, rule=rule, threshold=threshold, cache=cache
+                )
+    for other in others:
+        yield _measure(model, sets["test"], split="test", num_loops=num_loops, cache=other)
 
 
 def make_parser() -> Parser:
@@ -187,6 +191,9 @@ def make_parser() -> Parser:
     parser = Parser("exits", description=__doc__, epilog=_EXAMPLES)
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory of an arithmetic model")
     parser.add_argument("--num_loops", type=int, default=16, metavar="N", help="greatest depth of a token")
+    parser.add_argument(
+        "--cache", default="per_loop", help="cache that exits are measured with: per_loop, last, ring(K)"
+    )
     parser.add_argument("--most_lost", type=float, default=0.001, help="share of answers a threshold may lose on train")
     parser.add_argument("--output", type=Path, default=None, help="folder to write to; default: the run directory")
     return parser
@@ -198,6 +205,10 @@ def run(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if args.num_loops < 2:
         parser.error(f"`--num_loops` must be >= 2, got {args.num_loops}")
+    try:
+        kept_loops(args.cache, args.num_loops)
+    except ValueError as error:
+        parser.error(str(error).replace("`cache`", "`--cache`", 1))
     data = read_run_data(args.run / "config.yaml").arithmetic()
     model = load_checkpoint(args.run / "checkpoints" / "last.ckpt")
     batches = [
@@ -210,22 +221,23 @@ def run(argv: Sequence[str]) -> int:
     }
     test = data.held_out("test", data.num_test, data.min_digits, data.max_digits)
     sets = {"train": Problems.of(train, data.end_id), "test": Problems.of(test, data.end_id)}
-    rings = [f"ring({k})" for k in (2, 4, 8) if k < args.num_loops]
-    rows = list(_measure_all(model, sets, args.num_loops, ["last", *rings]))
+    caches = ["per_loop", "last", *(f"ring({k})" for k in (2, 4, 8) if k < args.num_loops)]
+    others = [cache for cache in caches if cache != args.cache]
+    rows = list(_measure_all(model, sets, args.num_loops, args.cache, others))
     output = args.run if args.output is None else args.output
     output.mkdir(parents=True, exist_ok=True)
     with (output / "exits.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])), lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
-    _draw(rows, args.num_loops, output)
-    _report(rows, args.num_loops, args.most_lost, output)
+    _draw(rows, args.num_loops, args.cache, output)
+    _report(rows, args.num_loops, args.cache, args.most_lost, output)
     return 0
 
 
-def _draw(rows: Sequence[ExitRow], num_loops: int, output: Path) -> None:
+def _draw(rows: Sequence[ExitRow], num_loops: int, cache: str, output: Path) -> None:
     test = [row for row in rows if row.split == "test"]
-    plain = [row for row in test if row.cache == "per_loop"]
+    plain = [row for row in test if row.cache == cache]
     by_rule = {
         rule: [(row.mean_loops, 100 * row.exact_match) for row in plain if row.rule == rule]
         for rule in dict.fromkeys(row.rule for row in plain)
@@ -234,19 +246,19 @@ def _draw(rows: Sequence[ExitRow], num_loops: int, output: Path) -> None:
     axes: dict[str, Any] = {"ylabel": ylabel, "limits": (-3.0, 103.0), "log_scale": True}
     exits = numbered_points(by_rule, title="Exits: accuracy by mean loops", xlabel="mean loops of a token", **axes)
     write_figure(output / "exits.png", exits)
-    full = [row for row in test if row.rule == "fixed" and (row.cache != "per_loop" or row.threshold == num_loops)]
+    full = [row for row in test if row.rule == "fixed" and (row.cache != cache or row.threshold == num_loops)]
     by_cache = {row.cache: [(row.cache_bytes / 2**20, 100 * row.exact_match)] for row in full}
     title = f"Caches at {num_loops} loops: accuracy by memory"
     caches = numbered_points(by_cache, title=title, xlabel="keys and values (MiB)", **axes)
     write_figure(output / "caches.png", caches)
 
 
-def _report(rows: Sequence[ExitRow], num_loops: int, most_lost: float, output: Path) -> None:
+def _report(rows: Sequence[ExitRow], num_loops: int, cache: str, most_lost: float, output: Path) -> None:
     """Print, for every rule at the threshold chosen on train, what it loses and saves on test."""
     from rich.console import Console
     from rich.table import Table
 
-    test = [row for row in rows if row.split == "test" and row.cache == "per_loop"]
+    test = [row for row in rows if row.split == "test" and row.cache == cache]
     fixed = sorted((row for row in test if row.rule == "fixed"), key=lambda row: row.threshold)
     deepest = fixed[-1]
     title = (
