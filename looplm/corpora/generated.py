@@ -10,28 +10,18 @@ import inspect
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from looplm.corpora.calculations import calculations
 from looplm.corpora.operation_graphs import OperationGraph
-from looplm.corpora.word_problem_draft import draw_draft
-from looplm.corpora.word_problem_scenes import Scene
 from looplm.corpora.word_problems import WordProblem, word_problems
 from looplm.errors import InputError
 
 __all__ = ["generated_file", "is_generated"]
 
-_OPTIONS: dict[str, dict[str, Any]] = {
-    "word_problems": {"split": "train", "num_rows": 20_000, "seed": 0, "min_steps": 1, "max_steps": 6},
-    "calculations": {"split": "train", "num_rows": 4_000, "seed": 0},
-}
-_GENERATORS: dict[str, Callable[..., Iterator[WordProblem]]] = {
-    "word_problems": word_problems,
-    "calculations": calculations,
-}
+_NAME = "word_problems"
+_DEFAULTS: dict[str, Any] = {"split": "train", "num_rows": 20_000, "seed": 0, "min_steps": 1, "max_steps": 6}
 
 
 def is_generated(path: str) -> bool:
@@ -41,7 +31,7 @@ def is_generated(path: str) -> bool:
         >>> is_generated("word_problems?num_rows=100"), is_generated("word_problems.jsonl")
         (True, False)
     """
-    return path.partition("?")[0] in _OPTIONS
+    return path == _NAME or path.startswith(f"{_NAME}?")
 
 
 def generated_file(path: str) -> Path:
@@ -49,7 +39,7 @@ def generated_file(path: str) -> Path:
 
     Args:
         path: ``word_problems?…`` with any of ``split`` (``train``, ``val``, ``test``: disjoint by construction),
-            ``num_rows``, ``seed``, ``min_steps``, ``max_steps``; or ``calculations?…`` with the first three.
+            ``num_rows``, ``seed``, ``min_steps``, ``max_steps``.
 
     Raises:
         InputError: If an option is unknown or out of its range.
@@ -57,12 +47,10 @@ def generated_file(path: str) -> Path:
     Example:
         >>> generated_file("word_problems?num_rows=4&max_steps=1").name  # doctest: +SKIP
     """
-    name = path.partition("?")[0]
-    options = {**_OPTIONS[name], **_options(path)}
+    options = {**_DEFAULTS, **_options(path)}
     # Other code makes other problems.
-    parts = (OperationGraph, WordProblem, draw_draft, Scene, _GENERATORS[name])
-    code = [inspect.getsource(inspect.getmodule(part)) for part in parts]  # type: ignore[arg-type]
-    key = hashlib.sha256(json.dumps([name, options, code], sort_keys=True).encode()).hexdigest()[:32]
+    code = [inspect.getsource(inspect.getmodule(part)) for part in (OperationGraph, WordProblem)]  # type: ignore[arg-type]
+    key = hashlib.sha256(json.dumps([options, code], sort_keys=True).encode()).hexdigest()[:32]
     import datasets
 
     target = Path(datasets.config.HF_DATASETS_CACHE) / "looplm" / "generated" / f"{key}.jsonl"
@@ -72,11 +60,10 @@ def generated_file(path: str) -> Path:
 
 
 def _options(path: str) -> dict[str, Any]:
-    generator, _, query = path.partition("?")
-    pairs = parse_qsl(query, keep_blank_values=True)
-    unknown = sorted({name for name, _ in pairs} - _OPTIONS[generator].keys())
+    pairs = parse_qsl(path.partition("?")[2], keep_blank_values=True)
+    unknown = sorted({name for name, _ in pairs} - _DEFAULTS.keys())
     if unknown:
-        raise InputError(f"{path}: the options are {sorted(_OPTIONS[generator])}, got {unknown[0]!r}.")
+        raise InputError(f"{path}: the options are {sorted(_DEFAULTS)}, got {unknown[0]!r}.")
     try:
         return {name: value if name == "split" else int(value) for name, value in pairs}
     except ValueError:
@@ -84,10 +71,14 @@ def _options(path: str) -> dict[str, Any]:
 
 
 def _write(target: Path, options: dict[str, Any], path: str) -> None:
-    options = dict(options)
     try:
-        seed, split, num_rows = (options.pop(name) for name in ("seed", "split", "num_rows"))
-        problems = _GENERATORS[path.partition("?")[0]](seed, split, num_rows, **options)
+        problems = word_problems(
+            options["seed"],
+            options["split"],
+            options["num_rows"],
+            min_steps=options["min_steps"],
+            max_steps=options["max_steps"],
+        )
         lines = "".join(json.dumps(problem.row()) + "\n" for problem in problems)
     except ValueError as error:
         raise InputError(f"{path}: {error}") from None

@@ -19,7 +19,6 @@ from looplm.corpora.word_problem_scenes import (
     LAST_TAILS_OF_GOODS,
     LAST_TAILS_OF_MEASURES,
     SCENES,
-    Scene,
     Tail,
 )
 
@@ -114,8 +113,8 @@ class Draft:
     final: str
 
 
-def draw_draft(draws: Draws, num_steps: int, scenes: Sequence[Scene] = SCENES) -> Draft:
-    """Draw a problem of so many steps, each of which the answer needs, about one of the scenes.
+def draw_draft(draws: Draws, num_steps: int) -> Draft:
+    """Draw a problem of so many steps, each of which the answer needs.
 
     Raises:
         NoDraft: If numbers or names did not fit.
@@ -124,13 +123,13 @@ def draw_draft(draws: Draws, num_steps: int, scenes: Sequence[Scene] = SCENES) -
         >>> draw_draft(Draws(0), num_steps=1).final.strip() != ""
         True
     """
-    return _Drafting(draws, scenes).draw(num_steps)
+    return _Drafting(draws).draw(num_steps)
 
 
 class _Drafting:
-    def __init__(self, draws: Draws, scenes: Sequence[Scene]) -> None:
+    def __init__(self, draws: Draws) -> None:
         self.draws = draws
-        self.scene = draws.one_of(scenes)
+        self.scene = draws.one_of(SCENES)
         self.names = draws.shuffled(self.scene.holders)
         self.holders: list[_Holder] = []
         self.statements: list[str] = []

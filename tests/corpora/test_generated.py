@@ -9,7 +9,6 @@ import sys
 
 import pytest
 
-from looplm.corpora.calculations import calculations
 from looplm.corpora.generated import generated_file, is_generated
 from looplm.corpora.sources import Source, load_rows
 from looplm.corpora.word_problems import word_problems
@@ -35,11 +34,6 @@ def test_the_rows_are_the_generators_and_made_once() -> None:
     assert generated_file(PATH.replace("seed=3", "seed=4")) != path
 
 
-def test_calculations_are_made_too() -> None:
-    rows = [json.loads(line) for line in generated_file("calculations?num_rows=5&seed=2").read_text().splitlines()]
-    assert rows == [problem.row() for problem in calculations(2, "train", 5)]
-
-
 def test_a_source_reads_them_like_any_file(tmp_path) -> None:
     source = Source(path=PATH, final="final")
     assert source.label == "word_problems"
@@ -54,7 +48,6 @@ def test_a_source_reads_them_like_any_file(tmp_path) -> None:
         ("word_problems?num_rows=many", "integers"),
         ("word_problems?split=dev&num_rows=2", "dev"),
         ("word_problems?max_steps=99&num_rows=2", "99"),
-        ("calculations?max_steps=1", "the options are"),
     ],
 )
 def test_a_wrong_option_is_one_line(path: str, words: str) -> None:
