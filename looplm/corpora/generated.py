@@ -15,6 +15,8 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from looplm.corpora.operation_graphs import OperationGraph
+from looplm.corpora.word_problem_draft import draw_draft
+from looplm.corpora.word_problem_scenes import Scene
 from looplm.corpora.word_problems import WordProblem, word_problems
 from looplm.errors import InputError
 
@@ -49,7 +51,8 @@ def generated_file(path: str) -> Path:
     """
     options = {**_DEFAULTS, **_options(path)}
     # Other code makes other problems.
-    code = [inspect.getsource(inspect.getmodule(part)) for part in (OperationGraph, WordProblem)]  # type: ignore[arg-type]
+    parts = (OperationGraph, Scene, draw_draft, WordProblem)
+    code = [inspect.getsource(inspect.getmodule(part)) for part in parts]  # type: ignore[arg-type]
     key = hashlib.sha256(json.dumps([options, code], sort_keys=True).encode()).hexdigest()[:32]
     import datasets
 

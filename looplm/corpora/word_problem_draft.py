@@ -180,9 +180,9 @@ class _Drafting:
             raise NoDraft
         holder = _Holder(self.names.pop(), node, self.values[node], basis)
         self.holders.append(holder)
-        self.statements.append(self.scene.statement(holder.name, phrase))
+        self.statements.append(self.scene.statement(phrase, holder.name))
         if written:
-            self.lines.append(self.scene.statement(holder.name, f"{written} {self.scene.thing(holder.value)}"))
+            self.lines.append(self.scene.statement(f"{written} {self.scene.thing(holder.value)}", holder.name))
         return holder
 
     def holder(self, num_steps: int) -> _Holder:
@@ -282,12 +282,13 @@ class _Drafting:
             if is_new and num_tails == 0 and draws.happens(0.4):
                 node, written = self.step("-", more.node, less.node)
                 question = self.scene.question_of_difference(more.name, less.name)
-                self.lines.append(f"The difference is {written} {self.scene.thing(self.values[node])}.")
+                phrase = f"{written} more {self.scene.thing(self.values[node])} than {self.scene.reference(less.name)}"
+                self.lines.append(self.scene.statement(phrase, more.name))
             else:
                 names = self.in_order(more, less)
                 node, written = self.step("+", *self.nodes_in_order(more, less))
                 question = self.scene.question(*names)
-                self.lines.append(f"Together that is {written} {self.scene.thing(self.values[node])}.")
+                self.lines.append(self.scene.statement(f"{written} {self.scene.thing(self.values[node])}", *names))
                 tails, question = self.tails(num_tails, node, self.scene.those(*names), question)
         else:
             holder = self.holder(left)
@@ -368,7 +369,7 @@ class _Drafting:
                     k = self.quantity(2, 20)
                     other = scene.reference(draws.one_of(self.holders).name)
                     phrase = f"{scene.number(k)} more {scene.thing(k)} than {other}"
-                sentence = scene.statement(name, phrase)
+                sentence = scene.statement(phrase, name)
             else:
                 name = draws.one_of(self.holders).name
                 fact = draws.one_of(scene.facts).format(holder=name, n=draws.between(5, 12))

@@ -115,11 +115,13 @@ class Scene:
         """Return holders as they stand after ``than`` and ``as``."""
         return f"{self.preposition} {' and '.join(holders)}".strip()
 
-    def statement(self, holder: str, phrase: str) -> str:
-        """Return the sentence that a holder has what the phrase says."""
+    def statement(self, phrase: str, *holders: str) -> str:
+        """Return the sentence that one holder has, or several together, what the phrase says."""
+        names = " and ".join(holders)
         if self.preposition:
-            return f"{self.preposition.capitalize()} {holder}, {self.actor} {self.verb} {phrase}."
-        return f"{holder[0].upper()}{holder[1:]} {self.verb} {phrase}."
+            return f"{self.preposition.capitalize()} {names}, {self.actor} {self.verb} {phrase}."
+        verb = self.base if len(holders) > 1 and not self.is_past else self.verb
+        return f"{names[0].upper()}{names[1:]} {verb} {phrase}."
 
     def those(self, *holders: str) -> str:
         """Return for example ``Ann's marbles`` or ``the pens in the red box and the blue box``."""
