@@ -38,9 +38,9 @@ class GradedAnswers(L.Callback):
     the problems that have no answers yet.
 
     It writes every answer into ``test_answers.jsonl`` in the log directory as it comes. A test that was killed goes on
-    there, if checkpoint and settings are the same. At the end it writes ``test_graded.csv`` and ``test_graded.png`` and
-    logs ``test/accuracy/SOURCE/depth_00008``; the columns are those of
-    :func:`~looplm.callbacks.graded_summary.graded_summary`.
+    there, if checkpoint, settings and problems are the same; which those are may stand in a dataset's ``fingerprint``.
+    At the end it writes ``test_graded.csv`` and ``test_graded.png`` and logs ``test/accuracy/SOURCE/depth_00008``; the
+    columns are those of :func:`~looplm.callbacks.graded_summary.graded_summary`.
 
     Args:
         decode_fn: Token ids to text; None: ``trainer.datamodule.tokenizer.decode``.
@@ -73,7 +73,11 @@ class GradedAnswers(L.Callback):
     def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the answers of a test that was cut short."""
         folder = Path(trainer.log_dir or trainer.default_root_dir)
-        settings = {"checkpoint": _identity(trainer, pl_module), **_settings_of(pl_module)}
+        settings = {
+            "checkpoint": _identity(trainer, pl_module),
+            "problems": _fingerprints(trainer.test_dataloaders),
+            **_settings_of(pl_module),
+        }
         self._log = AnswerLog(folder / "test_answers.jsonl", settings, trainer.global_rank)
         self._done = {(row["source"], row["index"]) for row in self._log.rows}
         self._num_ungraded = 0
@@ -184,6 +188,14 @@ class GradedAnswers(L.Callback):
 def _final_of(answer: str) -> str:
     found = extract_answer(answer)
     return "" if found is None else found.text
+
+
+def _fingerprints(loaders: Any) -> list[str]:
+    """Return what the datasets of one or several loaders say of themselves."""
+    if isinstance(loaders, Mapping):
+        loaders = list(loaders.values())
+    datasets = [getattr(loader, "dataset", None) for loader in (loaders if isinstance(loaders, list) else [loaders])]
+    return [str(getattr(dataset, "fingerprint", "")) for dataset in datasets]
 
 
 def _settings_of(pl_module: L.LightningModule) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from looplm.corpora.batches import Example, padded_batch, padded_prompts
 from looplm.corpora.corpus import Corpus
 from looplm.corpora.rows import Rows, check_rows
-from looplm.corpora.token_table import RowEncoder
+from looplm.corpora.token_table import RowEncoder, plain_hash
 
 __all__ = ["EvaluationRows", "evaluation_batch"]
 
@@ -32,6 +32,13 @@ class EvaluationRows(Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return self.number
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells these rows, and how they are put to a model, from others."""
+        rows = self.corpus.rows[: self.number]
+        questions, lengths = (column[rows].tolist() for column in (self.corpus.table.key, self.corpus.table.lengths))
+        return plain_hash(questions, lengths, self.encoder.settings())
 
     def __getitem__(self, item: int) -> dict[str, Any]:
         return self.__getitems__([item])[0]

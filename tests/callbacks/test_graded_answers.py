@@ -139,6 +139,18 @@ def test_a_test_that_was_killed_goes_on_where_it_was(config: Path, tmp_path: Pat
     assert all("kept" not in row["text"] and row["num_tokens"] <= 4 for row in _answers(root))
 
 
+def test_other_problems_of_the_same_name_are_answered_anew(config: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    assert _test(config) == 0
+    other = {"path": str(_problems(tmp_path, "other", 3)), "name": "near", "final": "final"}
+    assert _test(config, f"--data.init_args.test={json.dumps([other])}") == 0
+    assert {(row["source"], row["index"]) for row in _answers(root)} == {("near", 0), ("near", 1), ("near", 2)}
+    assert _test(config, "--data.init_args.num_test=2") == 0
+    assert {(row["source"], row["index"]) for row in _answers(root)} == {
+        (s, i) for s in ("near", "far") for i in (0, 1)
+    }
+
+
 def test_kill_minus_nine(config: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
     assert _test(config) == 0
