@@ -5,7 +5,6 @@ Knows scenes and graphs; nothing of splits, seeds and files. Everything is decid
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,7 +97,7 @@ class Draft:
 
     Attributes:
         question: The problem.
-        lines: The solution, a line a step: what the problem says of those that the step is about, then the calculation.
+        lines: The solution, a line a step.
         graph: What is computed.
         final: The answer as it is written.
 
@@ -138,7 +137,6 @@ class _Drafting:
         self.leaves: dict[int, Fraction] = {}
         self.steps: dict[int, Step] = {}
         self.values: dict[int, Fraction] = {}
-        self.recalled: set[int] = set()
         # Parts of one are of one size in a problem: halves, quarters; for cups also thirds.
         self.unit = Fraction(1)
         if self.scene.style == "decimal":
@@ -168,10 +166,7 @@ class _Drafting:
         node = len(self.values)
         self.steps[node], self.values[node] = Step(operation, left, right), value
         number = self.scene.number
-        worked = [f"{number(a)} {operation} {number(b)}", number(value)]
-        if self.scene.style == "fraction":
-            worked[1:1] = _between(operation, a, b)
-        return node, " = ".join(worked)
+        return node, f"{number(a)} {operation} {number(b)} = {number(value)}"
 
     def fits(self, value: Fraction) -> bool:
         """Whether the scene can have so much."""
@@ -179,23 +174,16 @@ class _Drafting:
 
     # Holders
 
-    def add(self, phrase: str, node: int, written: str = "", *, of: Sequence[_Holder] = (), basis: str = "") -> _Holder:
-        """Add a holder that has what the phrase says, and the line that computes it of what others have."""
+    def add(self, phrase: str, node: int, written: str = "", basis: str = "") -> _Holder:
+        """Add a holder that has what the phrase says, and the line that computes it."""
         if not self.names:
             raise NoDraft
         holder = _Holder(self.names.pop(), node, self.values[node], basis)
         self.holders.append(holder)
         self.statements.append(self.scene.statement(phrase, holder.name))
         if written:
-            line = self.scene.statement(f"{written} {self.scene.thing(holder.value)}", holder.name)
-            self.lines.append(self.recall(*of) + line)
+            self.lines.append(self.scene.statement(f"{written} {self.scene.thing(holder.value)}", holder.name))
         return holder
-
-    def recall(self, *holders: _Holder) -> str:
-        """Write again, once, what the problem says of these holders in so many words: a step needs it now."""
-        given = [holder for holder in holders if holder.node in self.leaves and holder.node not in self.recalled]
-        self.recalled.update(holder.node for holder in given)
-        return "".join(f"{self.scene.statement(self.scene.number(holder.value), holder.name)} " for holder in given)
 
     def holder(self, num_steps: int) -> _Holder:
         """Add a holder whose quantity takes so many steps, and those that it depends on."""
@@ -241,14 +229,14 @@ class _Drafting:
                 if scene.style is not None or draws.happens(0.7)
                 else f"{number} {scene.thing(k)} {word} than {than}"
             )
-            return self.add(phrase, *self.step(operation, other.node, self.leaf(k)), of=[other], basis=other.name)
+            return self.add(phrase, *self.step(operation, other.node, self.leaf(k)), basis=other.name)
         if operation == "*":
             factor = draws.between(2, 5)
             phrase = f"{_TIMES[factor]} as many {things} as {than}"
         else:
             factor = draws.one_of([k for k in _PARTS if self.fits(other.value / k)])
             phrase = f"{_PARTS[factor]} as many {things} as {than}"
-        return self.add(phrase, *self.step(operation, other.node, self.leaf(factor)), of=[other])
+        return self.add(phrase, *self.step(operation, other.node, self.leaf(factor)))
 
     def pair(self, num_steps: int) -> tuple[_Holder, _Holder, bool]:
         """Add two holders that take so many steps together; also whether their difference says something new."""
@@ -269,15 +257,17 @@ class _Drafting:
         scene, things = self.scene, self.scene.things[1]
         if is_new and self.draws.happens(0.35):
             phrase = f"as many {things} as the difference between {more.name}'s count and {less.name}'s count"
-            return self.add(phrase, *self.step("-", more.node, less.node), of=[more, less])
+            return self.add(phrase, *self.step("-", more.node, less.node))
         word = self.draws.one_of(["together", "together", "combined"])
-        first, second = self.in_order(more, less)
-        phrase = f"as many {things} as {scene.reference(first.name, second.name)} {word}"
-        return self.add(phrase, *self.step("+", first.node, second.node), of=[first, second])
+        phrase = f"as many {things} as {scene.reference(*self.in_order(more, less))} {word}"
+        return self.add(phrase, *self.step("+", *self.nodes_in_order(more, less)))
 
-    def in_order(self, *holders: _Holder) -> list[_Holder]:
-        """Return holders in the order in which they were introduced."""
-        return sorted(holders, key=self.holders.index)
+    def in_order(self, *holders: _Holder) -> list[str]:
+        """Return names in the order in which they were introduced."""
+        return [holder.name for holder in sorted(holders, key=self.holders.index)]
+
+    def nodes_in_order(self, *holders: _Holder) -> list[int]:
+        return [holder.node for holder in sorted(holders, key=self.holders.index)]
 
     # The problem
 
@@ -293,28 +283,25 @@ class _Drafting:
                 node, written = self.step("-", more.node, less.node)
                 question = self.scene.question_of_difference(more.name, less.name)
                 phrase = f"{written} more {self.scene.thing(self.values[node])} than {self.scene.reference(less.name)}"
-                self.lines.append(self.recall(more, less) + self.scene.statement(phrase, more.name))
+                self.lines.append(self.scene.statement(phrase, more.name))
             else:
-                first, second = self.in_order(more, less)
-                names = (first.name, second.name)
-                node, written = self.step("+", first.node, second.node)
+                names = self.in_order(more, less)
+                node, written = self.step("+", *self.nodes_in_order(more, less))
                 question = self.scene.question(*names)
-                line = self.scene.statement(f"{written} {self.scene.thing(self.values[node])}", *names)
-                self.lines.append(self.recall(first, second) + line)
+                self.lines.append(self.scene.statement(f"{written} {self.scene.thing(self.values[node])}", *names))
                 tails, question = self.tails(num_tails, node, self.scene.those(*names), question)
         else:
             holder = self.holder(left)
             question = self.scene.question(holder.name, wording=draws.between(0, 2))
-            before = self.recall(holder) if num_tails else ""
-            tails, question = self.tails(num_tails, holder.node, self.scene.those(holder.name), question, before)
+            tails, question = self.tails(num_tails, holder.node, self.scene.those(holder.name), question)
         graph = OperationGraph(dict(self.leaves), dict(self.steps))
         self.distract()
         statements = draws.shuffled(self.statements) if draws.happens(0.25) else self.statements
         text = " ".join([*statements, *tails, question])
         return Draft(text, tuple(self.lines), graph, self.scene.number(graph.answer))
 
-    def tails(self, num_tails: int, node: int, those: str, question: str, before: str = "") -> tuple[list[str], str]:
-        """Return the sentences of what happens to a quantity, and the question; ``before`` begins the first line."""
+    def tails(self, num_tails: int, node: int, those: str, question: str) -> tuple[list[str], str]:
+        """Return the sentences of what happens to a quantity, and the question that they lead to."""
         is_whole, sentences = self.scene.style is None, []
         for place in range(num_tails):
             goods = LAST_TAILS_OF_GOODS if self.scene.can_move else LAST_TAILS
@@ -324,20 +311,20 @@ class _Drafting:
             tail = self.draws.one_of(
                 changes if must_change or (self.scene.can_change and self.draws.happens(0.4)) else last
             )
-            sentence, node = self.tail(tail, node, those, before if place == 0 else "", is_rest=place > 0)
+            sentence, node = self.tail(tail, node, those, is_rest=place > 0)
             sentences.append(sentence)
             question = self.fill(tail.question)
             those = self.fill(tail.rest)
         return sentences, question
 
-    def tail(self, tail: Tail, node: int, those: str, before: str, *, is_rest: bool) -> tuple[str, int]:
+    def tail(self, tail: Tail, node: int, those: str, *, is_rest: bool) -> tuple[str, int]:
         value = self.values[node]
         k = self.number_of(tail, value)
         left, right = (self.leaf(k), node) if tail.operation == "goal" else (node, self.leaf(k))
         node, written = self.step("-" if tail.operation == "goal" else tail.operation, left, right)
         result = self.values[node]
         unit = self.scene.thing(result) if tail.unit is None else tail.unit[result != 1]
-        self.lines.append(f"{before}That is {written} {unit}.")
+        self.lines.append(f"That is {written} {unit}.")
         # What is left is counted, so its name is plural also where the things are one mass.
         sentence = self.fill(
             tail.sentence,
@@ -388,24 +375,3 @@ class _Drafting:
                 fact = draws.one_of(scene.facts).format(holder=name, n=draws.between(5, 12))
                 sentence = fact[0].upper() + fact[1:]
             self.statements.insert(draws.between(1, len(self.statements)), sentence)
-
-
-def _between(operation: str, a: Fraction, b: Fraction) -> list[str]:
-    """Return what stands between a calculation with fractions and its value: a common denominator, then not reduced.
-
-    ``3/2 + 1/4`` is worked out as ``6/4 + 1/4``, and ``1/4 + 15/4`` as ``16/4``.
-    """
-    if operation in "+-":
-        denominator = math.lcm(a.denominator, b.denominator)
-        left, right = (int(value * denominator) for value in (a, b))
-        written = [f"{left}/{denominator} {operation} {right}/{denominator}"] * (a.denominator != b.denominator)
-        numerator = left + right if operation == "+" else left - right
-    else:
-        written = []
-        numerator, denominator = (
-            (a.numerator * b.numerator, a.denominator * b.denominator)
-            if operation == "*"
-            else (a.numerator * b.denominator, a.denominator * b.numerator)
-        )
-    is_reduced = math.gcd(numerator, denominator) == 1
-    return written if is_reduced or denominator == 1 else [*written, f"{numerator}/{denominator}"]
