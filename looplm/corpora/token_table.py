@@ -84,7 +84,6 @@ class RowEncoder:
         number = len(rows.fault)
         ids: list[np.ndarray] = [np.zeros(0, dtype=np.int32)] * number
         num_prompt, joined = np.zeros(number, dtype=np.int32), np.zeros(number, dtype=bool)
-        unknown, unknown_id = np.zeros(number, dtype=bool), self.tokenizer.unknown_id
         encoded = self.tokenizer.encode([p + s for p, s in zip(prompts, solutions, strict=True)])
         for row, prompt, solution, whole in zip(good, prompts, solutions, encoded, strict=True):
             border, own = first_token_after(whole, len(prompt)), whole.ids
@@ -96,8 +95,15 @@ class RowEncoder:
             ids[row] = np.empty(len(own) + 1, dtype=np.int32)
             ids[row][:-1], ids[row][-1] = own, self.prompts.end_id
             num_prompt[row] = border
-            unknown[row] = unknown_id is not None and bool((ids[row] == unknown_id).any())
-        return EncodedRows(ids=ids, num_prompt=num_prompt, joined=joined, unknown=unknown)
+        return EncodedRows(ids=ids, num_prompt=num_prompt, joined=joined, unknown=self._has_unknown(ids))
+
+    def _has_unknown(self, ids: list[np.ndarray]) -> np.ndarray:
+        unknown = np.zeros(len(ids), dtype=bool)
+        if self.tokenizer.unknown_id is not None and ids:
+            ends = np.cumsum([len(row) for row in ids])
+            places = np.flatnonzero(np.concatenate(ids) == self.tokenizer.unknown_id)
+            unknown[np.searchsorted(ends, places, side="right")] = True
+        return unknown
 
     def encode_prompts(self, questions: Sequence[str]) -> list[np.ndarray]:
         """Return what generation reads, one int32 array a question."""

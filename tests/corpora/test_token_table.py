@@ -205,3 +205,19 @@ def test_interrupted_encoding_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     assert list((tmp_path / "cache" / "tokens").iterdir()) == []
     monkeypatch.undo()
     assert len(token_table(source, _byte_encoder(), tmp_path / "cache", skip_malformed=False)) == 100
+
+
+def test_rows_with_a_character_that_was_not_learnt_are_told(save_tokenizer: Callable[..., Path]) -> None:
+    learnt = [{"question": "1 + 1?", "answer": "It is 2."}]
+    encoder = _encoder("char", save_tokenizer, learnt)
+    rows = [
+        {"question": "ξ 1?", "answer": "It is 2."},
+        {"question": "", "answer": "It is 2."},  # left out: no question
+        {"question": "1 + 1?", "answer": "It is 2."},
+        {"question": "1 + 1?", "answer": "It is ξ"},
+        {"question": "1?", "answer": "2"},
+    ]
+    encoded = encoder(check_rows(SOURCE, _columns(rows)))
+    assert [len(ids) > 0 for ids in encoded.ids] == [True, False, True, True, True]
+    assert encoded.unknown.tolist() == [True, False, False, True, False]
+    assert encoder(check_rows(SOURCE, _columns([]))).unknown.shape == (0,)
