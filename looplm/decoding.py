@@ -108,15 +108,16 @@ class Rows:
         return self._loop(self._embed(self.tokens, self.mask), limits)
 
     def _embed(self, tokens: Tensor, mask: Tensor | None) -> LoopState:
-        return (
-            self.model.embed(tokens, mask) if self.cache is None else self.model.embed(tokens, mask, None, self.cache)
-        )
+        cached = () if self.cache is None else (None, self.cache)
+        state: LoopState = self.model.embed(tokens, mask, *cached)
+        return state
 
     def _step(self, state: LoopState, cache: Any) -> LoopState:
-        return self.model.step(state) if cache is None else self.model.step(state, cache)
+        following: LoopState = self.model.step(state) if cache is None else self.model.step(state, cache)
+        return following
 
     def _logits(self, state: LoopState, cache: Any) -> Tensor:
-        logits = self.model.decode(state, cache, 1) if self.can_cache else self.model.decode(state)
+        logits: Tensor = self.model.decode(state, cache, 1) if self.can_cache else self.model.decode(state)
         return logits[:, -1]
 
     def _loop(self, state: LoopState, limits: Tensor) -> tuple[Tensor, Tensor]:

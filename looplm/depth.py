@@ -63,7 +63,8 @@ class DepthSampler(ABC):
     @cached_property
     def _cdf(self) -> np.ndarray:
         cdf = np.cumsum(self.pmf())
-        return cdf / cdf[-1]
+        normed: np.ndarray = cdf / cdf[-1]
+        return normed
 
 
 def check_starts(name: str, starts: Sequence[int]) -> None:
@@ -105,7 +106,8 @@ class FixedDepth(DepthSampler):
 
     def pmf(self) -> np.ndarray:
         """Return all mass at ``depth``."""
-        return np.eye(self.depth + 1)[self.depth]
+        pmf: np.ndarray = np.eye(self.depth + 1)[self.depth]
+        return pmf
 
 
 class UniformDepth(DepthSampler):

@@ -167,7 +167,8 @@ class Trajectory:
     @property
     def norms(self) -> Tensor:
         """``‖h‖`` at each depth, ``(K, B)``."""
-        return self.states.norm(dim=-1)
+        norms: Tensor = self.states.norm(dim=-1)
+        return norms
 
     def principal_components(self, num_components: int = 3) -> tuple[Tensor, Tensor]:
         """Project the states on the principal components of all of them.

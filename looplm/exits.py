@@ -119,7 +119,8 @@ class ResidualExit(ExitRule):
     def __call__(self, signals: LoopSignals) -> Tensor:
         """See :meth:`ExitRule.__call__`."""
         now = signals.hidden.float()
-        return (now - signals.previous.float()).norm(dim=-1) <= self.tolerance * now.norm(dim=-1)
+        has_settled: Tensor = (now - signals.previous.float()).norm(dim=-1) <= self.tolerance * now.norm(dim=-1)
+        return has_settled
 
 
 class KLExit(ExitRule):

@@ -47,7 +47,7 @@ _KNOWN_OPTIONS = {"until", "max_gen_toks", "temperature", "do_sample", "top_k", 
 
 
 @register_model("looplm")
-class LoopedHarnessModel(TemplateLM):
+class LoopedHarnessModel(TemplateLM):  # type: ignore[misc]
     """A looped model and its tokenizer at one depth.
 
     Args:

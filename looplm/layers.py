@@ -196,12 +196,13 @@ class Attention(nn.Module):
             is_causal=mask is None and k.shape[2] == length,
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
-        return self.out(mixed.transpose(1, 2).reshape(batch, q.shape[2], -1))
+        output: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, q.shape[2], -1))
+        return output
 
     def _project(self, x: Tensor, kept: KeptPositions | None) -> tuple[Tensor, ...]:
         """Return queries, keys and values, heads side by side."""
         if kept is None:
-            return self.qkv(x).split(self.split_sizes, dim=-1)
+            return torch.split(self.qkv(x), self.split_sizes, dim=-1)
         q_width, kv_width = self.split_sizes[0], 2 * self.split_sizes[1]
         weights = self.qkv.weight.split([q_width, kv_width])
         biases = (None, None) if self.qkv.bias is None else self.qkv.bias.split([q_width, kv_width])
@@ -228,7 +229,8 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(…, D)`` to ``(…, D)``."""
         hidden = F.gelu(self.up(x)) if self.gate is None else F.silu(self.gate(x)) * self.up(x)
-        return self.down(hidden)
+        output: Tensor = self.down(hidden)
+        return output
 
 
 class Block(nn.Module):
@@ -272,11 +274,14 @@ class Block(nn.Module):
     def _join(self, x: Tensor, branch: Tensor, out_norm: nn.Module) -> Tensor:
         if self.placement == "pre_norm":  # x + f(N(x))
             return x + branch
+        joined: Tensor
         if self.placement == "sandwich_branch":  # x + N₂(f(N₁(x)))
-            return x + out_norm(branch)
-        if self.placement == "post_norm":  # N(α·x + f(x))
-            return out_norm(x + branch if self.alpha == 1.0 else self.alpha * x + branch)
-        return out_norm(x + branch)  # sandwich_dual: N₂(x + f(N₁(x)))
+            joined = x + out_norm(branch)
+        elif self.placement == "post_norm":  # N(α·x + f(x))
+            joined = out_norm(x + branch if self.alpha == 1.0 else self.alpha * x + branch)
+        else:  # sandwich_dual: N₂(x + f(N₁(x)))
+            joined = out_norm(x + branch)
+        return joined
 
 
 class DiagonalInjection(nn.Module):
@@ -304,4 +309,5 @@ class DiagonalInjection(nn.Module):
 
     def forward(self, hidden: Tensor, injected: Tensor) -> Tensor:
         """Map the state h and the input e, both ``(B, T, D)``, to ``(B, T, D)``."""
-        return self.decay() * hidden + F.softplus(self.raw_step) * self.input(injected)
+        driven: Tensor = F.softplus(self.raw_step) * self.input(injected)
+        return self.decay() * hidden + driven

@@ -65,7 +65,8 @@ class _DepthMetric(Metric):
 
         @wraps(compute)
         def curve(*args: Any) -> Tensor:
-            return wrapped(*args).reshape(-1, self.num_depths).squeeze(0)
+            values: Tensor = wrapped(*args)
+            return values.reshape(-1, self.num_depths).squeeze(0)
 
         return curve
 

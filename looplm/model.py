@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -162,10 +162,12 @@ class LoopedTransformer(nn.Module):
         hidden: Any = state.hidden
         injected = state.context["injected"]
         if isinstance(self.injection, DiagonalInjection):
-            return self.injection(hidden, injected)
-        if self.injection is not None:
-            return self.injection(torch.cat([hidden, injected], dim=-1))
-        return hidden if injected is None else hidden + injected
+            hidden = self.injection(hidden, injected)
+        elif self.injection is not None:
+            hidden = self.injection(torch.cat([hidden, injected], dim=-1))
+        elif injected is not None:
+            hidden = hidden + injected
+        return cast(Tensor, hidden)
 
     def decode(
         self, state: LoopState, cache: LoopKVCache | None = None, logits_to_keep: int | Tensor | None = None
@@ -226,7 +228,8 @@ class LoopedTransformer(nn.Module):
         """
         if self.exit_gate is None:
             raise ValueError("the model has no learned gate (`exit_gate: true` in its config).")
-        return self.exit_gate(state.hidden).squeeze(-1)
+        gate: Tensor = self.exit_gate(state.hidden)
+        return gate.squeeze(-1)
 
     def make_cache(self, batch_size: int, max_tokens: int, num_loops: int, policy: str = "per_loop") -> LoopKVCache:
         """Return an empty cache for ``embed``, ``step`` and ``decode``.
@@ -279,11 +282,12 @@ class LoopedTransformer(nn.Module):
         """Run blocks in turn, the last at ``kept`` alone, where given."""
         for index, (block, slot) in enumerate(zip(blocks, slots, strict=True), start=1):
             hidden = block(hidden, context["mask"], context["rotary"], slot, kept if index == len(blocks) else None)
-        return hidden
+        return cast(Tensor, hidden)
 
 
 def _run_block(block: Block, hidden: Tensor, mask: Tensor | None, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-    return block(hidden, mask, rotary)
+    output: Tensor = block(hidden, mask, rotary)
+    return output
 
 
 def _mask_and_positions(

@@ -29,7 +29,7 @@ class _Muon(Muon):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         if any(param.device.type != "cpu" for group in self.param_groups for param in group["params"]):
-            return super().step(closure)
+            return super().step(closure)  # type: ignore[no-untyped-call]
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:

@@ -111,7 +111,8 @@ def read_sharded(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = torch.load(path / _METADATA_FILENAME, weights_only=True)
         shards: dict[str, Any] = {}
-        _load_state_dict(shards, storage_reader=_Reader(path), planner=_Planner(), no_dist=True)
+        planner = _Planner()  # type: ignore[no-untyped-call]
+        _load_state_dict(shards, storage_reader=_Reader(path), planner=planner, no_dist=True)
         states = [shards[name] for name in sorted(shards) if name.startswith("optimizer_")]
         content["state_dict"] = shards["state_dict"]
         content["optimizer_states"] = [_numbered(state) for state in states]
@@ -136,7 +137,8 @@ def check_sharded(path: Path) -> set[str]:
         content = torch.load(path / _METADATA_FILENAME, weights_only=True)
         reader = _Reader(path)
         names = reader.read_metadata().state_dict_metadata
-        _load_state_dict({}, storage_reader=_Reader(path), planner=_BytesPlanner(), no_dist=True)
+        planner = _BytesPlanner()  # type: ignore[no-untyped-call]
+        _load_state_dict({}, storage_reader=_Reader(path), planner=planner, no_dist=True)
     except (Exception, CheckpointException) as error:
         raise _refusal(path, error) from None
     roots = {"optimizer_states" if name.startswith("optimizer_") else name.split(".")[0] for name in names}

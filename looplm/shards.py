@@ -106,7 +106,8 @@ class Shards:
     def read(self, name: str) -> Tensor:
         """Return a copy of a whole tensor."""
         with safe_open(self._files[name], framework="pt") as file:
-            return file.get_tensor(name).clone()
+            read: Tensor = file.get_tensor(name).clone()
+            return read
 
     def copy_rows(self, name: str, start: int, target: Tensor) -> None:
         """Fill ``target``, in its own dtype and on its device, with as many elements as it has, from row ``start`` on.

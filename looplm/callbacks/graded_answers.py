@@ -200,7 +200,8 @@ def _fingerprints(loaders: Any) -> list[str]:
 
 def _settings_of(pl_module: L.LightningModule) -> dict[str, Any]:
     settings = getattr(pl_module, "answer_settings", {})
-    return json.loads(json.dumps(settings))
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    return plain
 
 
 def _identity(trainer: L.Trainer, pl_module: L.LightningModule) -> Any:

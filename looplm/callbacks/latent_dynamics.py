@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import lightning as L
 import torch
@@ -187,7 +187,7 @@ class LatentDynamicsMonitor(L.Callback):
                 f"LatentDynamicsMonitor needs a model with {list(_METHODS)}, {type(model).__name__} lacks {missing}: "
                 "define them (see looplm.LoopedModel), or pass `looped_model_fn` to make such a model of your module."
             )
-        return model
+        return cast(LoopedModel, model)
 
     def _measure(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, where: tuple[int, int]

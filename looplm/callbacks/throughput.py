@@ -30,7 +30,8 @@ def _num_tokens(pl_module: L.LightningModule, batch: Any) -> Tensor:
 
 def _attribute(name: str) -> Count:
     def count(pl_module: L.LightningModule, batch: Any) -> float | Tensor:
-        return getattr(pl_module, name)
+        value: float | Tensor = getattr(pl_module, name)
+        return value
 
     return count
 

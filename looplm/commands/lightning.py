@@ -12,7 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import lightning as L
 from jsonargparse import DefaultHelpFormatter
@@ -216,7 +216,7 @@ class LoopLMCLI(LightningCLI):
         if bar is not None and bar not in given and not _can_redraw():
             # Lightning's own choice is rich's bar; whoever names one in `trainer.callbacks` gets that one.
             trainer.callbacks[trainer.callbacks.index(bar)] = ProgressLines()
-        return trainer
+        return cast(L.Trainer, trainer)
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; what a constructor refuses is the user's to mend."""

@@ -172,7 +172,8 @@ class Corpus:
     @property
     def keys(self) -> np.ndarray:
         """The key of each question, int64 ``(N,)``."""
-        return self.table.key[self.rows]
+        keys: np.ndarray = self.table.key[self.rows]
+        return keys
 
     def leave_out(self, keys: np.ndarray, why: str) -> None:
         """Use no row whose question has one of the keys.

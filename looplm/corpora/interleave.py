@@ -39,7 +39,7 @@ def block_counts(weights: Sequence[float]) -> np.ndarray:
         [768, 256]
     """
     exact = np.asarray(weights, dtype=float) / np.sum(weights) * BLOCK
-    counts = np.floor(exact).astype(np.int64)
+    counts: np.ndarray = np.floor(exact).astype(np.int64)
     most_left = np.argsort(counts - exact, kind="stable")
     counts[most_left[: BLOCK - counts.sum()]] += 1
     if (counts == 0).any():

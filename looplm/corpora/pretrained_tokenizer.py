@@ -112,9 +112,12 @@ class PretrainedTokenizer(TextTokenizer):
 
     def _rendered(self, chats: list[Any], for_generation: bool) -> list[str]:
         try:
-            return self._tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=for_generation)
+            rendered: list[str] = self._tokenizer.apply_chat_template(
+                chats, tokenize=False, add_generation_prompt=for_generation
+            )
         except Exception as error:  # the template is a program of the tokenizer's author
             raise InputError(f"the chat template of {self.path!r} fails: {type(error).__name__} {error}") from None
+        return rendered
 
     def chat_answer_marks(self, system_prompt: str | None) -> tuple[str, int]:
         """Return what the chat template puts between its prompt and an answer, and the id with which it ends one.
@@ -139,13 +142,15 @@ class PretrainedTokenizer(TextTokenizer):
 
     def encode(self, texts: Sequence[str]) -> Sequence[Encoded]:
         """Return the tokens of each text."""
-        return self._backend.encode_batch(list(texts), add_special_tokens=False)
+        encoded: Sequence[Encoded] = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return encoded
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids."""
-        return self._tokenizer.decode(
+        text: str = self._tokenizer.decode(
             [int(index) for index in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
+        return text
 
     def files(self) -> dict[str, bytes]:
         """Return what ``save_pretrained`` writes, the chat template included."""

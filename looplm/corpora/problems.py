@@ -70,7 +70,9 @@ def split_of(problems: Problems) -> np.ndarray:
     first = np.where(ordered, problems.a, np.minimum(problems.a, problems.b))
     second = np.where(ordered, problems.b, np.maximum(problems.a, problems.b))
     inner = hash_uint64(fold(0, "split"), first * len(OPERATIONS) + problems.operation)
-    return ((hash_uint64(fold(0, "split"), second) ^ hash_uint64(1, inner)) % np.uint64(_NUM_BUCKETS)).astype(np.int64)
+    hashes = hash_uint64(fold(0, "split"), second) ^ hash_uint64(1, inner)
+    buckets: np.ndarray = (hashes % np.uint64(_NUM_BUCKETS)).astype(np.int64)
+    return buckets
 
 
 def in_split(problems: Problems, split: Split) -> np.ndarray:

@@ -95,7 +95,7 @@ class SymbolicComparer:
 
     def _clear(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self._finalizer: weakref.finalize | None = None
+        self._finalizer: weakref.finalize[..., SymbolicComparer] | None = None
         self._lock = threading.Lock()
 
     def forget(self) -> None:

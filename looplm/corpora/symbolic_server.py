@@ -37,7 +37,8 @@ def _parse(text: str) -> list[Any]:
 
     # Text in \boxed is read by the LaTeX grammar; the other reader of math-verify evaluates Python expressions.
     config = [LatexExtractionConfig(boxed_match_priority=0)]
-    return parse(f"\\boxed{{{text}}}", config, fallback_mode="no_fallback", parsing_timeout=_NO_TIMEOUT)
+    found: list[Any] = parse(f"\\boxed{{{text}}}", config, fallback_mode="no_fallback", parsing_timeout=_NO_TIMEOUT)
+    return found
 
 
 def _verdict(gold: str, answer: str) -> str:

@@ -153,7 +153,8 @@ class TokenTable:
         chunk = int(np.searchsorted(self._first_rows, row, side="right")) - 1
         place = row - int(self._first_rows[chunk])
         bounds = self._bounds[chunk]
-        return self._values[chunk][bounds[place] : bounds[place + 1]]
+        ids: np.ndarray = self._values[chunk][bounds[place] : bounds[place + 1]]
+        return ids
 
 
 def token_table(source: Source, encoder: RowEncoder, cache_dir: Path, *, skip_malformed: bool) -> TokenTable:

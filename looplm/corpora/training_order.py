@@ -39,7 +39,8 @@ def bucketed(lengths: np.ndarray, batch_size: int, seed: int, block: int) -> np.
         [[0, 2], [1, 3]]
     """
     batches = np.argsort(lengths, kind="stable").reshape(-1, batch_size)
-    return batches[shuffled(len(batches), seed, "bucket", block)]
+    ordered: np.ndarray = batches[shuffled(len(batches), seed, "bucket", block)]
+    return ordered
 
 
 class TrainingOrder:
@@ -88,7 +89,8 @@ class TrainingOrder:
         whole = self.batch_size * world_size
         if self.batching != "bucketed":
             return micro_batch * whole + np.arange(rank * self.batch_size, (rank + 1) * self.batch_size)
-        return self._block(micro_batch // BUCKET, whole)[micro_batch % BUCKET][rank::world_size]
+        batch: np.ndarray = self._block(micro_batch // BUCKET, whole)[micro_batch % BUCKET]
+        return batch[rank::world_size]
 
     def row(self, index: int) -> list[Example]:
         """Return the examples of row ``index`` of the stream; one unless rows are packed."""

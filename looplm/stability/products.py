@@ -148,7 +148,8 @@ def jvp(step_fn: StepFn, hidden: Hidden, vector: Hidden) -> Hidden:
         tensor([[4.]])
     """
     with _needs_forward_mode(), _exact_derivatives():
-        return torch.func.jvp(step_fn, (hidden,), (vector,))[1]
+        pushed: Hidden = torch.func.jvp(step_fn, (hidden,), (vector,))[1]
+    return pushed
 
 
 def vjp(step_fn: StepFn, hidden: Hidden, vector: Hidden) -> Hidden:
@@ -179,7 +180,8 @@ def vjp(step_fn: StepFn, hidden: Hidden, vector: Hidden) -> Hidden:
         pulled = torch.autograd.grad(inner, inputs, create_graph=differentiable, materialize_grads=True)
     if differentiable:
         _check_double_backward(pulled)
-    return pytree.tree_unflatten(list(pulled), spec)
+    product: Hidden = pytree.tree_unflatten(list(pulled), spec)
+    return product
 
 
 def finite_difference(step_fn: StepFn, hidden: Hidden, vector: Hidden) -> Hidden:

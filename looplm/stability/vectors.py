@@ -57,6 +57,11 @@ def unflatten(flat: Tensor, like: Hidden) -> Hidden:
     return {name: part.reshape(like[name].shape).to(like[name].dtype) for name, part in zip(names, parts, strict=True)}
 
 
+def _map(function: Callable[..., Tensor], *hidden: Hidden) -> Hidden:
+    mapped: Hidden = pytree.tree_map(function, *hidden)
+    return mapped
+
+
 def mask_padding(hidden: Hidden, mask: Tensor | None) -> Hidden:
     """Set padded positions to zero.
 
@@ -77,7 +82,7 @@ def mask_padding(hidden: Hidden, mask: Tensor | None) -> Hidden:
             return x
         return x * (mask != 0).to(x.dtype).reshape(*mask.shape, *([1] * (x.ndim - 2)))
 
-    return pytree.tree_map(restrict, hidden)
+    return _map(restrict, hidden)
 
 
 def per_sequence_dot(a: Hidden, b: Hidden) -> Tensor:
@@ -92,7 +97,8 @@ def per_sequence_dot(a: Hidden, b: Hidden) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
         return (x.to(dtype) * y.to(dtype)).flatten(1).sum(1)
 
-    return sum(pytree.tree_leaves(pytree.tree_map(dot, a, b)))
+    total: Tensor = sum(pytree.tree_leaves(_map(dot, a, b)))
+    return total
 
 
 def squared_norm(hidden: Hidden) -> Tensor:
@@ -112,7 +118,7 @@ def scale(hidden: Hidden, factor: Tensor) -> Hidden:
         >>> scale(torch.ones(2, 2), torch.tensor([1.0, 3.0])).tolist()
         [[1.0, 1.0], [3.0, 3.0]]
     """
-    return pytree.tree_map(lambda x: x * factor.to(x.dtype).reshape(-1, *([1] * (x.ndim - 1))), hidden)
+    return _map(lambda x: x * factor.to(x.dtype).reshape(-1, *([1] * (x.ndim - 1))), hidden)
 
 
 def num_real(hidden: Hidden, mask: Tensor | None) -> Tensor:
@@ -122,7 +128,7 @@ def num_real(hidden: Hidden, mask: Tensor | None) -> Tensor:
         >>> num_real(torch.zeros(1, 3, 4), torch.tensor([[1, 1, 0]])).tolist()
         [8.0]
     """
-    return squared_norm(mask_padding(pytree.tree_map(torch.ones_like, hidden), mask))
+    return squared_norm(mask_padding(_map(torch.ones_like, hidden), mask))
 
 
 def _normal(hidden: Hidden, generator: torch.Generator) -> Hidden:
@@ -130,7 +136,7 @@ def _normal(hidden: Hidden, generator: torch.Generator) -> Hidden:
         dtype = torch.promote_types(x.dtype, torch.float32)
         return torch.randn(x.shape, generator=generator, device=generator.device, dtype=dtype).to(x.device)
 
-    return pytree.tree_map(draw, hidden)
+    return _map(draw, hidden)
 
 
 def random_unit(hidden: Hidden, mask: Tensor | None, generator: torch.Generator) -> Hidden:
@@ -148,7 +154,7 @@ def random_unit(hidden: Hidden, mask: Tensor | None, generator: torch.Generator)
     """
     vector = mask_padding(_normal(hidden, generator), mask)
     unit = scale(vector, squared_norm(vector).clamp_min(torch.finfo(torch.float32).tiny).rsqrt())
-    return pytree.tree_map(lambda v, x: v.to(x.dtype), unit, hidden)
+    return _map(lambda v, x: v.to(x.dtype), unit, hidden)
 
 
 def batch_unit(hidden: Hidden, generator: torch.Generator) -> Hidden:
@@ -161,4 +167,4 @@ def batch_unit(hidden: Hidden, generator: torch.Generator) -> Hidden:
     """
     vector = _normal(hidden, generator)
     norm = squared_norm(vector).sum().sqrt()
-    return pytree.tree_map(lambda v, x: (v / norm).to(x.dtype), vector, hidden)
+    return _map(lambda v, x: (v / norm).to(x.dtype), vector, hidden)

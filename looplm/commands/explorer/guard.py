@@ -98,7 +98,7 @@ class Guard:
 
 async def _body(receive: Receive) -> bytes | None:
     """Return the body; None as soon as it is too large, whatever its Content-Length says."""
-    body = b""
+    body: bytes = b""
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
