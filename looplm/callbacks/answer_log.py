@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ _KEY = ("source", "index", "depth", "sample")
 class AnswerLog:
     """Answers under the settings that they were made with.
 
-    The first line holds the settings, each other line one answer with ``source``, ``index``, ``depth`` and ``sample``.
+    The first line holds the settings, each other line one answer with ``source``, ``index``, ``depth`` and ``sample``,
+    and ``num_answers``: how many its problem has. A problem that has fewer was cut off by a kill, and is not read.
     Processes write a file each, ``NAME.jsonl`` and ``NAME.rank1.jsonl``, …, which :meth:`merge` joins.
 
     Args:
@@ -45,7 +47,7 @@ class AnswerLog:
         self.path, self.settings = path, json.loads(json.dumps(settings))
         self.own = path if rank == 0 else path.with_suffix(f".rank{rank}.jsonl")
         self.rows = _distinct(row for file in self._files() for row in self._read(file))
-        # What was cut off in the middle of a line, or is another run's, is not gone on with.
+        # What was cut off in the middle of a problem, or is another run's, is not gone on with.
         self._rewrite(self.own, self._read(self.own))
         self._file = self.own.open("a", encoding="utf-8")
 
@@ -53,20 +55,25 @@ class AnswerLog:
         return [self.path, *sorted(self.path.parent.glob(f"{self.path.stem}.rank*.jsonl"))]
 
     def _read(self, file: Path) -> list[dict[str, Any]]:
-        """Return a file's answers, none if it has other settings."""
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+        """Return the answers to a file's whole problems, none if it has other settings."""
+        # Not `splitlines`, which also splits at line separators inside a text.
+        lines = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else []
         rows = [row for row in map(_parsed, lines) if row is not None]
         if not rows or rows[0] != {"settings": self.settings}:
             return []
-        return [row for row in rows[1:] if row.keys() >= set(_KEY)]
+        answers = _distinct(row for row in rows[1:] if row.keys() >= set(_KEY))
+        number = Counter(map(_problem, answers))
+        return [row for row in answers if row.get("num_answers") == number[_problem(row)]]
 
     def _rewrite(self, file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         lines = [json.dumps(row, ensure_ascii=False) for row in ({"settings": self.settings}, *rows)]
         replace_file(file, "".join(f"{line}\n" for line in lines).encode())
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write answers; when this returns they are on the disk."""
+        """Write all answers to some problems; when this returns they are on the disk."""
         written = [dict(row) for row in rows]
+        number = Counter(map(_problem, written))
+        written = [{**row, "num_answers": number[_problem(row)]} for row in written]
         self._file.write("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in written))
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -83,6 +90,10 @@ class AnswerLog:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _problem(row: Mapping[str, Any]) -> tuple[str, int]:
+    return row["source"], row["index"]
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

@@ -55,13 +55,17 @@ def graded_summary(rows: Sequence[Mapping[str, Any]], *, confidence: float = 0.9
 
     Args:
         rows: Graded answers: ``source``, ``index``, ``depth``, ``sample``, ``verdict`` (``right``, ``wrong`` or
-            ``unparsable``), ``num_tokens``, and ``majority_right`` where there are several samples.
+            ``unparsable``), ``num_tokens``, and ``majority_right`` where there are several samples. Every problem of a
+            source has an answer at each of its depths, with as many samples.
         confidence: Of the intervals.
 
     Returns:
         ``source``, ``depth``, ``num_problems``; ``accuracy`` (mean over problems and samples) with ``low`` and
         ``high``; ``drop``: points of accuracy below the source's best depth; ``mean_tokens`` of an answer and the share
         ``unparsable``; with S > 1 samples ``majority`` and ``pass_at_k`` for k = 2, 4, … and S.
+
+    Raises:
+        ValueError: If an answer is missing.
 
     Example:
         >>> row = {"source": "gsm8k", "depth": 4, "sample": 0, "num_tokens": 9}
@@ -76,17 +80,24 @@ def graded_summary(rows: Sequence[Mapping[str, Any]], *, confidence: float = 0.9
         num_samples = 1 + max(int(row["sample"]) for row in own)
         shape = (len(depths), len(problems), num_samples)
         right, tokens, unparsable = (np.zeros(shape) for _ in range(3))
-        majority = np.zeros(shape[:2])
+        is_there, majority = np.zeros(shape, dtype=bool), np.zeros(shape[:2])
         places = {
             name: {value: i for i, value in enumerate(values)}
             for name, values in (("depth", depths), ("index", problems))
         }
         for row in own:
             where = places["depth"][int(row["depth"])], places["index"][int(row["index"])]
+            is_there[where][int(row["sample"])] = True
             right[where][int(row["sample"])] = row["verdict"] == "right"
             unparsable[where][int(row["sample"])] = row["verdict"] == "unparsable"
             tokens[where][int(row["sample"])] = row["num_tokens"]
             majority[where] = bool(row.get("majority_right", False))
+        if not is_there.all():
+            k, i, sample = np.argwhere(~is_there)[0]
+            raise ValueError(
+                f"`rows` must hold every answer, {(~is_there).sum()} are missing: problem {problems[i]} of {source!r} "
+                f"has none at depth {depths[k]}, sample {sample}."
+            )
         accuracy = right.mean(2)
         low, high = bootstrap_interval(accuracy, confidence=confidence)
         means = accuracy.mean(1)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from forks import fork_looplm
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from looplm.callbacks.answer_log import AnswerLog
@@ -126,10 +126,10 @@ def test_a_test_that_was_killed_goes_on_where_it_was(config: Path, tmp_path: Pat
     whole = (root / "test_answers.jsonl").read_text()
     table = (root / "test_graded.csv").read_bytes()
     lines = whole.splitlines(keepends=True)
-    # Half of it, and a line that was cut off.
-    (root / "test_answers.jsonl").write_text("".join(lines[:9]) + lines[9][:20])
     marked = lines[3].replace('"text": "', '"text": "kept ')
-    (root / "test_answers.jsonl").write_text("".join([*lines[:3], marked, *lines[4:9]]) + lines[9][:20])
+    assert all('"index": 4, ' in line for line in lines[9:11])  # a problem, at both depths
+    # Cut after the problem's first depth, in the middle of its second line.
+    (root / "test_answers.jsonl").write_text("".join([*lines[:3], marked, *lines[4:10]]) + lines[10][:20])
     assert _test(config) == 0
     again = (root / "test_answers.jsonl").read_text()
     assert again == whole.replace(lines[3], marked)  # what was there was not answered again
@@ -177,27 +177,33 @@ def test_without_the_callback_a_test_gives_no_answers(config: Path, tmp_path: Pa
     assert not (tmp_path / "run" / "test_answers.jsonl").exists()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
-    st.lists(st.sampled_from("ab"), min_size=1, max_size=6),
-    st.integers(min_value=0, max_value=200),
+    st.lists(st.tuples(st.sampled_from("ab"), st.text()), min_size=1, max_size=6),
+    st.integers(min_value=0, max_value=400),
 )
-def test_a_log_cut_anywhere_keeps_what_was_whole(tmp_path_factory, names: list[str], cut: int) -> None:
+@example([("a", "\u2028"), ("b", "\u2029\x85")], 0)  # a line's end to `str.splitlines`, a character to JSON
+def test_a_log_cut_anywhere_keeps_whole_problems(tmp_path_factory, texts: list[tuple[str, str]], cut: int) -> None:
     path = tmp_path_factory.mktemp("log") / "answers.jsonl"
     log = AnswerLog(path, {"a": 1})
-    rows = [{"source": n, "index": i, "depth": 1, "sample": 0, "text": "é\n§"} for i, n in enumerate(names)]
-    for row in rows:
-        log.append([row])
+    problems = [
+        [{"source": name, "index": i, "depth": d, "sample": 0, "text": text, "num_answers": 2} for d in (1, 2)]
+        for i, (name, text) in enumerate(texts)
+    ]
+    for rows in problems:
+        log.append(rows)
     log.close()
     content = path.read_bytes()
     path.write_bytes(content[: max(len(content) - cut, 0)])
     again = AnswerLog(path, {"a": 1})
-    assert all(row in rows for row in again.rows)
-    lost = [row for row in rows if row not in again.rows]
-    assert len(lost) <= 1 + cut // 60
-    again.append(lost)
+    kept = [rows for rows in problems if rows[0] in again.rows]
+    assert sorted(again.rows, key=str) == sorted((row for rows in kept for row in rows), key=str)
+    lost = [rows for rows in problems if rows not in kept]
+    assert len(lost) <= 1 + cut // 120
+    for rows in lost:
+        again.append(rows)
     again.merge()
-    assert sorted(AnswerLog(path, {"a": 1}).rows, key=str) == sorted(rows, key=str)
+    assert sorted(AnswerLog(path, {"a": 1}).rows, key=str) == sorted((r for rows in problems for r in rows), key=str)
 
 
 def test_files_of_several_processes_become_one(tmp_path: Path) -> None:
@@ -237,3 +243,5 @@ def test_summary_by_hand() -> None:
     assert (first["drop"], second["drop"]) == (0.0, 50.0)
     assert (first["pass_at_2"], second["pass_at_2"]) == (1.0, 0.5)
     assert (first["majority"], second["unparsable"], first["mean_tokens"]) == (0.5, 0.25, 4.5)
+    with pytest.raises(ValueError, match="1 are missing: problem 1 of 'a' has none at depth 2, sample 0"):
+        graded_summary([*rows[:6], rows[7]])
