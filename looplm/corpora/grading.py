@@ -24,6 +24,7 @@ Means = Literal["number", "text", "latex", "limit"]
 _NUMBER: Means = "number"
 _LONGEST = 2_000  # a longer final answer is none
 _MOST_PARTS = 16
+_MOST_LEVELS = 8  # of tuples in tuples; what is nested deeper is equal to its very text alone
 _NEVER_PARTS = ("\\pm", "\\mp", "\\cup", "\\in", "\\begin", "<", ">", "\\le", "\\ge")
 
 
@@ -123,6 +124,9 @@ class Grader:
         Returns:
             The verdict and what decided it.
         """
+        return self._compare(answer, gold, _MOST_LEVELS)
+
+    def _compare(self, answer: str, gold: str, levels: int) -> tuple[Verdict, Means]:
         a, b = read_number(gold), read_number(answer)
         if a is not None and b is None and "=" in answer[:_LONGEST]:
             b = read_number(answer.rpartition("=")[2])  # x = 5; 2 + 3 = 5
@@ -135,9 +139,9 @@ class Grader:
             return "right", "text"
         if len(answer) > _LONGEST:
             return "unparsable", "limit"
-        return self._compare_texts(answer, gold)
+        return self._compare_texts(answer, gold, levels)
 
-    def _compare_texts(self, answer: str, gold: str) -> tuple[Verdict, Means]:
+    def _compare_texts(self, answer: str, gold: str, levels: int) -> tuple[Verdict, Means]:
         # A number is not its digits in another base, and words are no products of variables, as SymPy would have it.
         if based_number(gold) or based_number(answer):
             return "right" if based_number(gold) == based_number(answer) else "wrong", "text"
@@ -150,10 +154,12 @@ class Grader:
             return "right" if said.removeprefix("the ").removeprefix("an ") == words else "wrong", "text"
         parts = split_parts(gold), split_parts(answer)
         if all(len(part.items) > 1 for part in parts) and not any(sign in answer + gold for sign in _NEVER_PARTS):
-            return self._compare_parts(parts[1], parts[0])
+            return self._compare_parts(parts[1], parts[0], levels)
         return self._compare_latex(answer, gold)
 
-    def _compare_parts(self, answer: Parts, gold: Parts) -> tuple[Verdict, Means]:
+    def _compare_parts(self, answer: Parts, gold: Parts, levels: int) -> tuple[Verdict, Means]:
+        if levels == 0:
+            return "wrong", "text"
         kinds = [(part.opening, part.closing) if part.is_ordered else ("{", "}") for part in (answer, gold)]
         if kinds[0] != kinds[1] or len(answer.items) != len(gold.items) or len(gold.items) > _MOST_PARTS:
             return "wrong", "text"
@@ -161,7 +167,7 @@ class Grader:
         for true in gold.items:
             # In order there is one candidate; in a set any that is left.
             for place in [0] if gold.is_ordered else range(len(left)):
-                verdict, how = self.compare(left[place], true)
+                verdict, how = self._compare(left[place], true, levels - 1)
                 means = how if how != _NUMBER else means
                 if verdict == "unparsable":
                     return verdict, how

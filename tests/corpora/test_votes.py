@@ -25,6 +25,17 @@ def test_of_equal_votes_the_first_answer_wins() -> None:
         assert majority_vote(["so 3", "so 4", "so 4", "so 3"], grader) == Vote("3", 2, 4)
 
 
+def _nested(levels: int, core: str) -> str:
+    return r"\boxed{" + "(1," * levels + core + ")" * levels + "}"
+
+
+def test_answers_nested_without_bound_are_voted_on() -> None:
+    with Grader() as grader:
+        assert majority_vote([_nested(400, "2"), _nested(400, "3"), _nested(400, "3")], grader).num_votes == 2
+        assert majority_vote([_nested(8, "2"), _nested(8, "2.0")], grader).num_votes == 2
+        assert majority_vote([_nested(9, "2"), _nested(9, "2.0")], grader).num_votes == 1
+
+
 def test_no_answer_no_vote() -> None:
     with Grader() as grader:
         assert majority_vote(["none", ""], grader) is None
