@@ -37,6 +37,13 @@ class Parser(argparse.ArgumentParser):
             InputError: Always.
         """
         unknown = re.match(r"unrecognized arguments: (--[\w.-]+)", message)
+        # The parser's own choices, and those that a command's message names.
+        value = re.search(r"choice: '(?P<got>.*)' \(choose from (?P<known>.*)\)", message) or re.search(
+            r"must be (?P<known>.*), got '(?P<got>.*)'", message
+        )
         if unknown:
             message = f"unknown option {unknown[1]}{nearest(unknown[1], self._option_string_actions)}"
+        elif value:
+            known = re.findall(r"[`']([^`']+)[`']", value["known"]) or re.split(r",\s*", value["known"])
+            message = f"{message.rstrip('.')}{nearest(value['got'], known)}"
         raise InputError(f"{message} (see `{self.prog} --help`).")

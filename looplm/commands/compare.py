@@ -14,6 +14,7 @@ from looplm.commands.arguments import Parser
 from looplm.commands.curve_files import COMPARISON_COLUMNS, is_comparison, read_comparison, read_curve
 from looplm.commands.curves import Curve, Group, group_runs
 from looplm.commands.graded import read_graded, write_graded
+from looplm.commands.messages import nearest_path
 from looplm.commands.next_step import explore_line
 from looplm.commands.page import COLUMNS, make_pictures, render_page
 from looplm.commands.rows import is_rows_file, read_rows
@@ -54,10 +55,13 @@ def _compare(runs: Sequence[Path], output: Path) -> Path:
         The path of the picture.
 
     Raises:
-        InputError: If a run has no curve, or two runs have the same name.
+        InputError: If a run is missing or has no curve, or two runs have the same name.
     """
     curves: list[Curve] = []
     for path in runs:
+        if not path.exists():
+            hint = nearest_path(path) or "; `python -m looplm fit` and `test` make one."
+            raise InputError(f"run {str(path)!r} does not exist{hint}")
         if path.is_file() and is_rows_file(path):
             curves += read_rows(path).values()
         elif path.is_file() and is_comparison(path):

@@ -12,6 +12,19 @@ from looplm.errors import InputError
 
 __all__ = ["run"]
 
+_HELP = """\
+usage: python -m looplm eval --model looplm --model_args pretrained=MODEL,num_loops=N --tasks TASK ... [options]
+
+MODEL is a Hugging Face directory with a tokenizer, a hub id of one, or a checkpoint made from one; N the loops.
+
+examples:
+  python -m looplm eval --model looplm --model_args pretrained=OUT,num_loops=8 --tasks gsm8k
+  python -m looplm eval --model looplm --model_args pretrained=OUT,num_loops=32 --tasks arc_easy piqa --limit 100
+
+The help of lm-evaluation-harness, whose options these are:
+
+"""
+
 
 def run(argv: Sequence[str]) -> int:
     """Run the harness on arguments of ``lm_eval run``; for them see ``--help``.
@@ -19,6 +32,8 @@ def run(argv: Sequence[str]) -> int:
     Raises:
         InputError: If the harness is not installed, or the model cannot be read.
     """
+    if not argv or {"-h", "--help"} & set(argv):
+        sys.stdout.write(_HELP)
     try:
         import looplm.harness  # noqa: F401 - registers the model
     except ModuleNotFoundError as error:

@@ -34,6 +34,7 @@ from looplm.callbacks.preemption import SaveOnSignal
 from looplm.callbacks.progress_lines import ProgressLines
 from looplm.commands.ckpt_path import check_checkpoint
 from looplm.commands.messages import condense
+from looplm.commands.names import LIGHTNING
 from looplm.commands.next_step import command_line
 from looplm.commands.processes import die_with_parent, lost_process
 from looplm.commands.settings import SaveSettings
@@ -73,10 +74,19 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter)
 
 
 def _subcommand_options() -> dict[str, dict[str, Any]]:
+    """Return what begins the help: hundreds of options follow, and few will read to their end."""
     return {
         name: {
             "allow_abbrev": False,
-            "epilog": "\n".join(["examples:", *(f"  python -m looplm {name} {line}" for line in lines)]),
+            "usage": f"python -m looplm {name} --config CONFIG [--config OVERLAY] [--field=VALUE ...]",
+            "description": "\n".join(
+                [
+                    f"{LIGHTNING[name]}; every field of a config is an option, --print_config prints them all",
+                    "",
+                    "examples:",
+                    *(f"  python -m looplm {name} {line}" for line in lines),
+                ]
+            ),
         }
         for name, lines in _EXAMPLES.items()
     }
@@ -187,7 +197,12 @@ class LoopLMCLI(LightningCLI):
         if (path is None and self.subcommand != "fit") or path == "last":
             path = root / "checkpoints" / "last.ckpt"
             recover(path)
-            if self.subcommand == "fit" and not path.exists():
+            if not path.exists():
+                if self.subcommand != "fit":
+                    raise InputError(
+                        f"{str(path)!r} does not exist: run `fit` with the same config first, or name a checkpoint "
+                        "with `--ckpt_path`."
+                    )
                 path = None
         if path is not None:
             strategy = str(getattr(config.trainer.strategy, "class_path", "")).rsplit(".", 1)[-1]

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from looplm.commands.messages import nearest_path
 from looplm.corpora.arithmetic import ArithmeticDataModule
 from looplm.errors import InputError
 
@@ -65,5 +66,8 @@ def read_run_data(config: Path) -> RunData:
     try:
         data = yaml.safe_load(config.read_text(encoding="utf-8"))["data"]
         return RunData(str(data["class_path"]).rsplit(".", 1)[-1], dict(data.get("init_args") or {}))
+    except FileNotFoundError:
+        hint = nearest_path(config.parent) or "; run `python -m looplm fit` first."
+        raise InputError(f"{str(config)!r} is no config.yaml of a run: there is no such file{hint}") from None
     except (OSError, KeyError, TypeError, ValueError, AttributeError, yaml.YAMLError) as error:
         raise InputError(f"{str(config)!r} is no config.yaml of a run ({type(error).__name__}).") from None

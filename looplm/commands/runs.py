@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import looplm
+from looplm.commands.messages import nearest
 from looplm.errors import InputError
 
 __all__ = [
     "Run",
+    "check_directory",
     "expand_runs",
     "is_finished",
     "is_fitted",
@@ -154,7 +156,9 @@ def expand_runs(
             runs.append(Run(name=full, config_name=name, configs=configs, options=seeded, directory=root / full))
     unknown = [name for name in only if not any(name in (run.name, run.config_name) for run in runs)]
     if unknown:
-        raise InputError(f"`--only` must name some of {names}, got {unknown}.")
+        hint = nearest(unknown[0], [name for run in runs for name in (run.name, run.config_name)])
+        known = "configs or runs of this sweep" if hint else f"some of {names}"  # a study has dozens
+        raise InputError(f"`--only` must name {known}, got {unknown}{hint or '.'}")
     kept = [run for run in runs if not only or run.name in only or run.config_name in only]
     # A config that cannot be read is found now, not after hours.
     for run in kept:
@@ -234,6 +238,27 @@ def is_fitted(run: Run, stamp: dict[str, str]) -> bool:
     return _read_stamp(run.directory / "fitted.json") == stamp and (run.directory / "checkpoints/last.ckpt").exists()
 
 
+def check_directory(run: Run) -> None:
+    """Refuse a directory that holds something which no sweep has made.
+
+    Raises:
+        InputError: Names the directory.
+
+    Example:
+        >>> import tempfile
+        >>> run = Run(name="a", config_name="a", configs=(), options=(), directory=Path(tempfile.mkdtemp()))
+        >>> check_directory(run)  # empty
+        >>> (run.directory / "thesis.txt").touch()
+        >>> check_directory(run)
+        Traceback (most recent call last):
+            ...
+        looplm.errors.InputError: '...' exists and was not made by `sweep`; name another `--root`.
+    """
+    holds_nothing = not run.directory.exists() or (run.directory.is_dir() and not any(run.directory.iterdir()))
+    if not holds_nothing and _read_stamp(run.directory / "started.json") is None:
+        raise InputError(f"{str(run.directory)!r} exists and was not made by `sweep`; name another `--root`.")
+
+
 def prepare_directory(run: Run, stamp: dict[str, str], scratch: Path) -> None:
     """Make a run's directory ready for ``fit --ckpt_path=last``: empty, or as an interrupted run left it.
 
@@ -257,10 +282,8 @@ def prepare_directory(run: Run, stamp: dict[str, str], scratch: Path) -> None:
     new, old = scratch / f"{run.name}.new", scratch / f"{run.name}.old"
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    started = _read_stamp(run.directory / "started.json")
-    if run.directory.exists() and started != stamp:
-        if started is None and any(run.directory.iterdir()):
-            raise InputError(f"{str(run.directory)!r} exists and was not made by `sweep`; name another `--root`.")
+    check_directory(run)
+    if run.directory.exists() and _read_stamp(run.directory / "started.json") != stamp:
         os.rename(run.directory, old)
         shutil.rmtree(old)
     if not run.directory.exists():

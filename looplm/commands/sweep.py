@@ -29,6 +29,7 @@ from looplm.commands.next_step import explore_line
 from looplm.commands.rows import append_row, read_rows
 from looplm.commands.runs import (
     Run,
+    check_directory,
     expand_runs,
     is_finished,
     is_fitted,
@@ -197,9 +198,13 @@ class _Sweep:
         """Return the curves of all runs, in the order in which they finished.
 
         Raises:
-            InputError: If a run failed; those beside it end first, and no further one starts.
+            InputError: If a run's directory is not ours, before any starts; or if a run failed: those beside it end
+                first, and no further one starts.
             SystemExit: After a signal; the children have ended.
         """
+        for run in self.waiting:
+            if self._known(run) is None:
+                check_directory(run)
         active: list[_Job] = []
         failures: list[str] = []
         with _stop_signals() as received:
@@ -251,13 +256,17 @@ class _Sweep:
         if self.rows is not None and append_row(self.rows, curve, run.stamp, run_seed(run)):
             _say(f"{self.rows}: row of {run.name} added")
 
+    def _known(self, run: Run) -> Curve | None:
+        """Return the run's curve from the rows file, unless it is finished on this machine."""
+        if self.rows is None:
+            return None
+        stamp = run.stamp
+        return None if is_finished(run, stamp) else read_rows(self.rows).get((run.name, stamp["config_sha256"]))
+
     def _skip_known(self, run: Run) -> bool:
         """Return whether the rows file has the run; what this machine has not trained is taken from there."""
-        if self.rows is None:
-            return False
-        stamp = run.stamp
-        known = read_rows(self.rows).get((run.name, stamp["config_sha256"]))
-        if known is None or is_finished(run, stamp):
+        known = self._known(run)
+        if known is None:
             return False
         _say(f"{self.rows}: has a row of {run.name} with this config; not trained again")
         self.curves[run.name] = known

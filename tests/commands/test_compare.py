@@ -99,8 +99,9 @@ def test_curve_file_can_be_named_itself(tmp_path: Path) -> None:
 
 def test_run_without_a_curve_is_refused_by_its_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = _run(tmp_path / "good", {4: 0.5})
-    assert _compare(good, tmp_path / "missing", "--output", tmp_path / "out") == 2
-    assert f"{tmp_path / 'missing'} has no test_curve.csv or val_curve.csv" in _error(capsys)
+    (tmp_path / "untested").mkdir()
+    assert _compare(good, tmp_path / "untested", "--output", tmp_path / "out") == 2
+    assert f"{tmp_path / 'untested'} has no test_curve.csv or val_curve.csv" in _error(capsys)
     assert not (tmp_path / "out").exists()
 
 

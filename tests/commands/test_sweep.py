@@ -150,6 +150,18 @@ def test_directory_that_sweep_did_not_make_is_left_alone(
     assert in_process == []
 
 
+def test_directories_are_looked_at_before_the_first_run_starts(
+    tmp_path: Path, write_config: Any, in_process: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "runs"
+    (root / "second").mkdir(parents=True)
+    (root / "second" / "config.yaml").touch()  # which `fit` leaves
+    assert main(["sweep", str(write_config("first")), str(write_config("second")), f"--root={root}"]) == 2
+    assert f"'{root / 'second'}' exists and was not made by `sweep`; name another `--root`." in _error(capsys)
+    assert in_process == []
+    assert not (root / "first").exists()
+
+
 def test_failing_run_ends_the_sweep_and_is_not_taken_for_finished(
     tmp_path: Path, write_config: Any, in_process: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:

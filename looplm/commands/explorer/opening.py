@@ -16,6 +16,7 @@ import torch
 from looplm.carried_tokenizer import begin_and_ends, carried_tokenizer
 from looplm.checkpoints import load_model
 from looplm.commands.explorer.forms import ArithmeticForm, ProblemForm, TextForm
+from looplm.commands.messages import nearest_path
 from looplm.commands.run_data import RunData, read_run_data
 from looplm.corpora.arithmetic import ArithmeticDataModule
 from looplm.corpora.mathematics import MathDataModule
@@ -95,6 +96,10 @@ def open_model(
 def _locate(source: str) -> tuple[str, Path | None]:
     """Return the checkpoint, and where its run's config would be."""
     path = Path(source)
+    is_local = source.startswith((".", "/", "runs/")) or Path(*path.parts[:1]).exists()
+    if is_local and not path.exists():  # the hub is not asked for what was meant to be here
+        hint = nearest_path(path) or "; `python -m looplm fit` makes a run."
+        raise InputError(f"{source!r} does not exist{hint}")
     if path.is_dir() and not (path / "config.json").is_file() and not is_sharded(path):
         last = path / "checkpoints" / "last.ckpt"
         if not last.exists():
