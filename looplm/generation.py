@@ -232,11 +232,13 @@ def stream_tokens(
         ...     assert step.tokens.shape == (1,)
     """
     _check_padding(tokens, attention_mask)
-    rows = _rows(model, tokens, attention_mask, options)
+    lengths = _lengths(tokens, options.max_new_tokens)
+    rows = _rows(model, tokens, attention_mask, options, lengths)
     limits = torch.full((len(tokens),), options.num_loops, device=tokens.device)
     with torch.no_grad():
         logits, loops = rows.first(limits)
-    return _continue(rows, logits, loops, limits, options, row_keys)
+    keys = torch.arange(len(tokens)) if row_keys is None else row_keys
+    return _continue(rows, logits, loops, limits, options, keys, lengths)
 
 
 def generate_at_depths(
@@ -251,6 +253,7 @@ def generate_at_depths(
     temperature: float = 0.0,
     seed: int = 0,
     row_keys: Tensor | None = None,
+    row_limits: Tensor | None = None,
 ) -> Tensor:
     """Continue a batch of prompts at K depths, which share one pass over the prompt.
 
@@ -268,6 +271,8 @@ def generate_at_depths(
         temperature: 0: greedy; see :class:`~looplm.sampling.Sampling`. Draws are the same at all depths.
         seed: Seed of the draws.
         row_keys: Names each row in the draws, int64 ``(B,)``; None: its place in the batch.
+        row_limits: Longest continuation of each row, int64 ``(B,)``; None: ``max_new_tokens``. A row that reaches it
+            holds ``end_id`` from there on.
 
     Returns:
         int64 ``(K, B, N)``; after its end a row holds ``end_id``.
@@ -292,17 +297,37 @@ def generate_at_depths(
         seed=seed,
     )
     _check_padding(tokens, attention_mask)
-    rows = _rows(model, tokens, attention_mask, options)
+    lengths = _lengths(tokens, max_new_tokens, row_limits)
+    rows = _rows(model, tokens, attention_mask, options, lengths)
     limits = torch.tensor(depths, device=tokens.device).repeat_interleave(len(tokens))
     with torch.no_grad():
         logits = rows.first_at(depths)
     keys = torch.arange(len(tokens)) if row_keys is None else row_keys.cpu()
-    steps = list(_continue(rows, logits, limits, limits, options, keys.repeat(len(depths))))
+    named = (keys.repeat(len(depths)), lengths.repeat(len(depths)))
+    steps = list(_continue(rows, logits, limits, limits, options, *named))
     return torch.stack([step.tokens for step in steps], dim=1).view(len(depths), len(tokens), -1)
 
 
-def _rows(model: LoopedModel, tokens: Tensor, attention_mask: Tensor | None, options: GenerationOptions) -> Rows:
-    _check_request(model, tokens, options)
+def _lengths(tokens: Tensor, max_new_tokens: int, row_limits: Tensor | None = None) -> Tensor:
+    """Return the longest continuation of each row, ``(B,)``."""
+    if row_limits is None:
+        return torch.full(tokens.shape[:1], max_new_tokens, device=tokens.device)
+    if row_limits.shape != tokens.shape[:1] or bool(((row_limits < 1) | (row_limits > max_new_tokens)).any()):
+        raise ValueError(
+            f"`row_limits` must be {tuple(tokens.shape[:1])}, each from 1 to `max_new_tokens` ({max_new_tokens}), got "
+            f"{row_limits.tolist()}."
+        )
+    return row_limits.to(tokens.device)
+
+
+def _rows(
+    model: LoopedModel,
+    tokens: Tensor,
+    attention_mask: Tensor | None,
+    options: GenerationOptions,
+    lengths: Tensor,
+) -> Rows:
+    _check_request(model, tokens, attention_mask, lengths)
     return Rows(
         model,
         tokens,
@@ -314,7 +339,7 @@ def _rows(model: LoopedModel, tokens: Tensor, attention_mask: Tensor | None, opt
     )
 
 
-def _check_request(model: LoopedModel, tokens: Tensor, options: GenerationOptions) -> None:
+def _check_request(model: LoopedModel, tokens: Tensor, attention_mask: Tensor | None, lengths: Tensor) -> None:
     """Refuse, before anything is computed, what would fail on the way or go wrong in silence."""
     if getattr(model, "training", False):
         raise ValueError("the model must be in evaluation mode to generate: call `model.eval()`.")
@@ -330,12 +355,16 @@ def _check_request(model: LoopedModel, tokens: Tensor, options: GenerationOption
     least, most = (int(bound) for bound in tokens.aminmax())
     if least < 0 or most >= config.vocab_size:
         raise ValueError(f"`tokens` must be in [0, {config.vocab_size}) (`vocab_size`), got {least} to {most}.")
+    prompts = torch.full_like(lengths, tokens.shape[1])
+    if attention_mask is not None and attention_mask.shape == tokens.shape:
+        prompts = (attention_mask != 0).sum(1)  # padding has no position
+    worst = int((prompts + lengths).argmax())
+    prompt, length = int(prompts[worst]), int(lengths[worst])
     # The last token of a continuation is never read.
-    length = tokens.shape[1] + options.max_new_tokens - 1
-    if length > config.max_positions:
+    if prompt + length - 1 > config.max_positions:
         raise ValueError(
-            f"a sequence may have {config.max_positions} tokens (`max_positions`), got a prompt of {tokens.shape[1]} "
-            f"and `max_new_tokens` {options.max_new_tokens}."
+            f"a sequence may have {config.max_positions} tokens (`max_positions`), got a prompt of {prompt} and "
+            f"`max_new_tokens` {length}."
         )
 
 
@@ -351,12 +380,12 @@ def _continue(
     loops: Tensor,
     limits: Tensor,
     options: GenerationOptions,
-    row_keys: Tensor | None = None,
+    keys: Tensor,
+    lengths: Tensor,
 ) -> Iterator[TokenStep]:
     """Yield tokens, from the logits that choose the first ones on; rows that have ended are no longer computed."""
     sample, num_rows, device = options.sampling(), len(logits), logits.device
     live = torch.arange(num_rows, device=device)
-    keys = torch.arange(num_rows) if row_keys is None else row_keys
     written = torch.empty(num_rows, 0, dtype=torch.long, device=device)
     for place in range(options.max_new_tokens):
         chosen = sample(logits, keys[live.cpu()], place)
@@ -369,10 +398,11 @@ def _continue(
         used = torch.zeros(num_rows, dtype=torch.long, device=device).index_copy(0, live, loops)
         finished = torch.ones(num_rows, dtype=torch.bool, device=device).index_copy(0, live, ended)
         yield TokenStep(tokens=tokens, loops=used, finished=finished)
-        if place + 1 == options.max_new_tokens or bool(ended.all()):
+        left = ended | (lengths[live] == place + 1)
+        if bool(left.all()):
             return
-        if bool(ended.any()):
-            kept = (~ended).nonzero().squeeze(1)
+        if bool(left.any()):
+            kept = (~left).nonzero().squeeze(1)
             live, chosen, written, limits = live[kept], chosen[kept], written[kept], limits[kept]
             rows.select(kept)
         logits, loops = rows.following(chosen, limits)

@@ -101,6 +101,8 @@ class LoopedTransformer(nn.Module):
             longest = start + length
             so_far = real if cache is None else cache.extend(batch, length, real)
             mask, position_ids = _mask_and_positions(so_far, start, length, inputs.device)
+            if longest > self.config.max_positions and so_far is not None:
+                longest = int(position_ids.max()) + 1  # padding on the left has no position
         else:
             if cache is not None:
                 raise ValueError("a cache holds one document a row, got an `attention_mask` that numbers several.")

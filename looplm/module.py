@@ -23,7 +23,7 @@ from looplm.config import LoopedConfig
 from looplm.depth import LogNormalDepth
 from looplm.errors import InputError
 from looplm.flops import penalty_flops, training_flops
-from looplm.generation import generate, generate_at_depths
+from looplm.generation import generate_at_depths
 from looplm.loop import Hidden, LoopState, check_depths
 from looplm.lr_schedule import LRSchedule
 from looplm.metrics import share_all_right
@@ -270,7 +270,7 @@ class LoopLM(L.LightningModule):
         """Return the predictions at ``test_depths``, and the answers where the batch has prompts.
 
         ``answers`` int64 ``(K, R, S, N)`` are those to the R ``wanted`` rows of the batch, ``answer_rows`` which they
-        are; see :class:`~looplm.callbacks.graded_answers.GradedAnswers`.
+        are, ``answer_room`` int64 ``(R,)`` how long an answer to each can be; see :class:`~looplm.callbacks.graded_answers.GradedAnswers`.
         """
         outputs = self._evaluate(batch, self.test_depths)
         return {**outputs, **self._answer(batch)} if "prompt_ids" in batch else outputs
@@ -290,37 +290,46 @@ class LoopLM(L.LightningModule):
         wanted = batch.get("wanted")
         rows = torch.arange(len(batch["prompt_ids"])) if wanted is None else wanted.nonzero().squeeze(1).cpu()
         if not len(rows):
-            return {"answers": torch.zeros(len(self.test_depths), 0, self.num_samples, 0).long(), "answer_rows": rows}
+            answers = torch.zeros(len(self.test_depths), 0, self.num_samples, 0).long()
+            return {"answers": answers, "answer_rows": rows, "answer_room": rows}
         prompts, mask = (batch[name][rows] for name in ("prompt_ids", "prompt_mask"))
-        longest = int(mask.sum(1).max())  # rows that are left may be shorter than the batch's longest
+        longest, room = int(mask.sum(1).max()), self._room(mask)  # rows that are left may be shorter than the longest
         prompts, mask = (part[:, -longest:].repeat_interleave(self.num_samples, 0) for part in (prompts, mask))
         # A draw is named by the problem and the sample: the batch around it changes nothing.
         keys = batch["index"][rows].cpu().repeat_interleave(self.num_samples) * self.num_samples
         keys = keys + torch.arange(self.num_samples).repeat(len(rows))
+        limits = room.clamp(max=self.max_new_tokens).repeat_interleave(self.num_samples)
         answers = generate_at_depths(
             self.model,
             prompts,
             depths=self.test_depths,
-            max_new_tokens=max(min(self.max_new_tokens, self.model.config.max_positions - longest), 1),
+            max_new_tokens=int(limits.max()),
             end_id=batch["end_id"],
             attention_mask=mask,
             temperature=self.temperature,
             seed=self.seed,
             row_keys=keys,
+            row_limits=limits,
         )
-        return {"answers": answers.unflatten(1, (len(rows), self.num_samples)), "answer_rows": rows}
+        answers = answers.unflatten(1, (len(rows), self.num_samples))
+        return {"answers": answers, "answer_rows": rows, "answer_room": room}
+
+    def _room(self, mask: Tensor) -> Tensor:
+        """Return how long a continuation of each prompt can be, ``(B,)``; its last token takes no position."""
+        return self.model.config.max_positions + 1 - (mask != 0).sum(1)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Return greedy continuations at ``predict_depth``, int64 ``(B, N)``."""
-        room = self.model.config.max_positions - batch["input_ids"].shape[1]
-        return generate(
+        limits = self._room(batch["attention_mask"]).clamp(max=self.max_new_tokens)
+        return generate_at_depths(
             self.model,
             batch["input_ids"],
-            num_loops=self.predict_depth,
-            max_new_tokens=min(self.max_new_tokens, max(room, 1)),
+            depths=[self.predict_depth],
+            max_new_tokens=int(limits.max()),
             end_id=batch["end_id"],
             attention_mask=batch["attention_mask"],
-        )
+            row_limits=limits,
+        )[0]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimiser and its schedule over the run's optimiser steps.

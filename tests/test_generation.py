@@ -182,6 +182,31 @@ def padded(prompts):
     return tokens, mask
 
 
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_row_goes_on_to_its_own_limit_and_to_the_models_last_position(positions, cached):
+    model = build(4, positions)
+    prompts = [[1, 2, 3, 4, 1, 2, 3], [4], [2, 2, 1]]
+    tokens, mask = padded(prompts)
+    room = torch.tensor([model.config.max_positions + 1 - len(prompt) for prompt in prompts])
+    model = model if cached else _WithoutCache(model)
+    draw = {"depths": [1, 3], "end_id": -1, "temperature": 2.0}
+    together = generate_at_depths(
+        model, tokens, attention_mask=mask, max_new_tokens=12, row_limits=room, row_keys=torch.arange(3), **draw
+    )
+    assert room.tolist() == [6, 12, 10]
+    for row, prompt in enumerate(prompts):
+        key = torch.tensor([row])
+        alone = generate_at_depths(model, torch.tensor([prompt]), max_new_tokens=int(room[row]), row_keys=key, **draw)
+        assert torch.equal(together[:, row, : room[row]], alone[:, 0])
+        assert (together[:, row, room[row] :] == -1).all()
+    for wrong in (torch.tensor([1, 2]), torch.tensor([1, 0, 2]), torch.tensor([1, 13, 2])):
+        with pytest.raises(ValueError, match=r"`row_limits` must be \(3,\), each from 1 to"):
+            generate_at_depths(
+                model, tokens, attention_mask=mask, max_new_tokens=12, row_limits=wrong, depths=[1], end_id=-1
+            )
+
+
 def test_padding_on_the_right_of_a_prompt_is_refused():
     with pytest.raises(ValueError, match="padded on the left"):
         generate(

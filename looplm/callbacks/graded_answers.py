@@ -31,8 +31,10 @@ class GradedAnswers(L.Callback):
     """Accuracy of free-text answers at every evaluated depth, graded by what they mean.
 
     ``test_step`` returns a dict with ``depths`` (K loops), ``answers``, token ids int64 ``(K, R, S, N)`` for R problems
-    of the batch and S samples of each, and ``answer_rows`` int64 ``(R,)``, which problems those are. What decides the
-    answers beside the weights may stand in the module's ``answer_settings``, as plain data. The batch holds ``index``
+    of the batch and S samples of each, and ``answer_rows`` int64 ``(R,)``, which problems those are; where the model's
+    positions bound an answer, also ``answer_room`` int64 ``(R,)``, the longest that can follow each problem. What
+    decides the answers beside the weights may stand in the module's ``answer_settings``, as plain data. The batch holds
+    ``index``
     ``(B,)``, ``final`` and ``answer`` (B texts each: the true final answer or, where that is empty, a solution that
     ends in it), ``source`` (its name) and ``end_id``. Before each batch the callback adds ``wanted``, bool ``(B,)``:
     the problems that have no answers yet.
@@ -115,15 +117,24 @@ class GradedAnswers(L.Callback):
                 self._num_ungraded += 1
                 continue
             problem = {"source": batch["source"], "index": int(batch["index"][b]), "final": gold}
+            room = int(outputs["answer_room"][place]) if "answer_room" in outputs else None
             for k, depth in enumerate(depths):
-                rows += self._graded(problem, depth, outputs["answers"][k, place].tolist(), batch["end_id"], decode)
+                samples = outputs["answers"][k, place].tolist()
+                rows += self._graded(problem, depth, samples, room, batch["end_id"], decode)
         self._log.append(rows)
 
     def _graded(
-        self, problem: dict[str, Any], depth: int, samples: list[list[int]], end_id: int, decode: Callable[..., str]
+        self,
+        problem: dict[str, Any],
+        depth: int,
+        samples: list[list[int]],
+        room: int | None,
+        end_id: int,
+        decode: Callable[..., str],
     ) -> list[dict[str, Any]]:
         gold, rows = problem["final"], []
         for number, ids in enumerate(samples):
+            ids = ids[:room]  # what follows fills up to the longest answer of the batch
             ended = end_id in ids
             kept = ids[: ids.index(end_id)] if ended else ids
             text = decode(kept)
@@ -135,6 +146,7 @@ class GradedAnswers(L.Callback):
                     "sample": number,
                     "text": text,
                     "num_tokens": len(kept) + ended,
+                    "is_cut": not ended and len(ids) == room,
                     "verdict": grade.verdict,
                     "found": grade.answer,
                     "rule": grade.rule,
@@ -159,6 +171,11 @@ class GradedAnswers(L.Callback):
         self.grader.close()
         if self._num_ungraded:
             rank_zero_warn(f"{self._num_ungraded} problems have no final answer to grade against and do not count.")
+        if num_cut := sum(row["is_cut"] for row in rows):
+            rank_zero_warn(
+                f"{num_cut} of {len(rows)} answers were cut where the model's positions (`max_positions`) end: each has "
+                "the room that its own problem leaves."
+            )
         if not rows:
             return
         summary = graded_summary(rows, confidence=self.confidence)

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,11 @@ SIZES = {"width": 16, "num_heads": 2, "ffn_width": 16, "dropout": 0.0}
 def _problems(folder: Path, name: str, number: int) -> Path:
     path = folder / f"{name}.jsonl"
     rows = [
-        {"question": f"What is {name} {i} plus {i}?", "answer": f"{i}+{i}={2 * i}\n#### {2 * i}", "final": str(2 * i)}
+        {
+            "question": f"What is {name} {i} plus {i}{'?' * (i % 3 + 1)}",
+            "answer": f"{i}+{i}={2 * i}\n#### {2 * i}",
+            "final": str(2 * i),
+        }
         for i in range(number)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -107,10 +112,17 @@ def test_every_problem_is_answered_at_every_depth_and_graded(config: Path, tmp_p
 
 def test_answers_do_not_depend_on_the_batches(config: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
+    # Longer than what the prompts leave of the model's 96 positions, and than what the longest of them leaves.
+    capped = "--model.max_new_tokens=80"
     sampled = ("--model.num_samples=3", "--model.temperature=1.0")
-    for options in ((), sampled):
-        assert _test(config, *options) == 0
+    for options in ((capped,), sampled):
+        with warnings.catch_warnings(record=True) as told:
+            assert _test(config, *options) == 0
         first = _answers(root)
+        if capped in options:
+            cut = [row for row in first if row["is_cut"]]
+            assert len({row["num_tokens"] for row in cut if row["source"] == "near"}) == 3
+            assert any(f"{len(cut)} of {len(first)} answers were cut" in str(warning.message) for warning in told)
         (root / "test_answers.jsonl").unlink()
         assert _test(config, *options, "--data.init_args.eval_batch_size=5") == 0
         assert _answers(root) == first
