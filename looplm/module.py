@@ -270,7 +270,8 @@ class LoopLM(L.LightningModule):
         """Return the predictions at ``test_depths``, and the answers where the batch has prompts.
 
         ``answers`` int64 ``(K, R, S, N)`` are those to the R ``wanted`` rows of the batch, ``answer_rows`` which they
-        are, ``answer_room`` int64 ``(R,)`` how long an answer to each can be; see :class:`~looplm.callbacks.graded_answers.GradedAnswers`.
+        are, ``answer_room`` int64 ``(R,)`` how long an answer to each can be; see
+        :class:`~looplm.callbacks.graded_answers.GradedAnswers`.
         """
         outputs = self._evaluate(batch, self.test_depths)
         return {**outputs, **self._answer(batch)} if "prompt_ids" in batch else outputs

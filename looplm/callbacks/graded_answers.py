@@ -173,8 +173,8 @@ class GradedAnswers(L.Callback):
             rank_zero_warn(f"{self._num_ungraded} problems have no final answer to grade against and do not count.")
         if num_cut := sum(row["is_cut"] for row in rows):
             rank_zero_warn(
-                f"{num_cut} of {len(rows)} answers were cut where the model's positions (`max_positions`) end: each has "
-                "the room that its own problem leaves."
+                f"{num_cut} of {len(rows)} answers were cut where the model's positions (`max_positions`) end: each "
+                "has the room that its own problem leaves."
             )
         if not rows:
             return
