@@ -75,8 +75,11 @@ class ExitRule(ABC):
 
     Example:
         >>> class EvenDepthExit(ExitRule):
-        ...     def _fires(self, signals):
+        ...     def __call__(self, signals):
         ...         return torch.full(signals.hidden.shape[:1], signals.depth % 2 == 0)
+        >>> h = torch.zeros(3, 4)  # three tokens of width 4
+        >>> EvenDepthExit()(LoopSignals(depth=2, previous=h, hidden=h))
+        tensor([True, True, True])
     """
 
     needs_logits = False
