@@ -134,7 +134,8 @@ class Trajectory:
     Example:
         >>> from looplm import LoopedConfig, LoopedTransformer
         >>> model = LoopedTransformer(LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2, ffn_width=32))
-        >>> path = Trajectory.record(model.eval(), model.embed(torch.zeros(2, 3, dtype=torch.long)), depths=[0, 1, 4])
+        >>> state = model.eval().embed(torch.zeros(2, 3, dtype=torch.long))
+        >>> path = measure_dynamics(model, state, [0, 1, 4], num_products=0, num_iterations=0)[1]
         >>> path.residuals.shape
         torch.Size([3, 2])
     """
@@ -142,27 +143,6 @@ class Trajectory:
     depths: list[int]
     states: Tensor
     residuals: Tensor
-
-    @classmethod
-    @torch.no_grad()
-    def record(cls, model: LoopedModel, state: LoopState, depths: Sequence[int]) -> Trajectory:
-        """Run a model to ``max(depths) + 1`` steps and keep the states at ``depths``.
-
-        Args:
-            model: Any looped model, in eval mode.
-            state: A state at depth 0.
-            depths: K strictly increasing depths.
-        """
-        mask = state.context.get("attention_mask")
-        kept, residuals = [], []
-        wanted = set(depths)
-        for depth in range(max(depths) + 1):
-            following = model.step(state)
-            if depth in wanted:
-                kept.append(flatten(mask_padding(state.hidden, mask)).float())
-                residuals.append(fixed_point_residual(state.hidden, following.hidden, mask))
-            state = following
-        return cls(sorted(wanted), torch.stack(kept), torch.stack(residuals))
 
     @property
     def norms(self) -> Tensor:

@@ -123,8 +123,7 @@ def penalty_flops(config: LoopedConfig, batch_size: int, length: int, penalty: P
     """Return the FLOPs of a stability term and of its gradient.
 
     Exact where Jacobian products are finite differences, two evaluations of the step each. The other products are taken
-    for as much; what PyTorch runs for a differentiated ``jvp`` is about four thirds of it. Loops ahead of the state
-    (``lookahead``) count at their mean number.
+    for as much; what PyTorch runs for a differentiated ``jvp`` is about four thirds of it.
 
     Args:
         config: The architecture.
@@ -147,7 +146,7 @@ def penalty_flops(config: LoopedConfig, batch_size: int, length: int, penalty: P
     before = {"mean_gain": 0, "spectral_radius": penalty.num_iterations - 1, "spectral_norm": penalty.num_iterations}
     # One of JᵀJ is a product and, for the transpose, a forward pass and its gradient.
     each = 2 * step if penalty.quantity != "spectral_norm" else 2 * step + _pulled_back(config, rows, length)
-    return last + before[penalty.quantity] * each + penalty.lookahead * step // 2
+    return last + before[penalty.quantity] * each
 
 
 def _pulled_back(config: LoopedConfig, batch_size: int, length: int) -> int:

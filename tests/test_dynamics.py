@@ -122,16 +122,22 @@ def test_lyapunov_exponent_refuses_what_it_cannot_use():
         finite_time_lyapunov(model, model.embed(start()), 1, generator=generator(), method="vjp")
 
 
+def _path(model: Linear, state: LoopState, depths: list[int]) -> Trajectory:
+    return measure_dynamics(model, state, depths, num_products=0, num_samples=0, num_iterations=0, with_lyapunov=False)[
+        1
+    ]
+
+
 def test_recorded_states_are_those_of_the_closed_form():
     model = Linear()
-    trajectory = Trajectory.record(model, model.embed(start()), DEPTHS)
-    assert model.num_steps == 10
+    trajectory = _path(model, model.embed(start()), DEPTHS)
+    assert model.num_steps == DEPTHS[-1] + len(DEPTHS)  # a residual takes a step
     for index, depth in enumerate(DEPTHS):
         expected = start() @ torch.linalg.matrix_power(model.matrix.T, depth)
         torch.testing.assert_close(trajectory.states[index], expected.flatten(1).float())
         torch.testing.assert_close(trajectory.norms[index], expected.flatten(1).norm(dim=1).float())
         torch.testing.assert_close(
-            trajectory.residuals[index], fixed_point_residual(expected, expected @ model.matrix.T).detach()
+            trajectory.residuals[index], fixed_point_residual(expected, expected @ model.matrix.T).detach().float()
         )
 
 
@@ -139,14 +145,14 @@ def test_padding_has_no_part_in_a_trajectory():
     model, mask = Linear(), torch.tensor([[1, 0], [1, 1], [0, 1]])
     hidden = start()
     polluted = torch.where(mask[..., None] == 1, hidden, torch.full_like(hidden, 1e3))
-    clean, dirty = (Trajectory.record(model, model.embed(h, mask), [0, 2]) for h in (hidden, polluted))
+    clean, dirty = (_path(model, model.embed(h, mask), [0, 2]) for h in (hidden, polluted))
     assert torch.equal(clean.states, dirty.states)
     assert torch.equal(clean.residuals, dirty.residuals)
 
 
 def test_principal_components_keep_all_distances_when_there_are_enough():
     model = Linear()
-    trajectory = Trajectory.record(model, model.embed(start(batch=2)), DEPTHS)
+    trajectory = _path(model, model.embed(start(batch=2)), DEPTHS)
     coordinates, shares = trajectory.principal_components(6)
     assert coordinates.shape == (4, 2, 6)
     assert shares.sum().item() == pytest.approx(1.0, abs=1e-5)
@@ -160,7 +166,7 @@ def test_principal_components_keep_all_distances_when_there_are_enough():
 @pytest.mark.parametrize("number", [0, 7])
 def test_number_of_components_is_checked(number):
     model = Linear()
-    trajectory = Trajectory.record(model, model.embed(start(batch=2)), DEPTHS)
+    trajectory = _path(model, model.embed(start(batch=2)), DEPTHS)
     with pytest.raises(ValueError, match=rf"`num_components` must be in \[1, 6\] for these states, got {number}"):
         trajectory.principal_components(number)
 

@@ -113,9 +113,3 @@ def test_the_products_of_a_penalty_are_counted_exactly(name: str, penalty: Penal
     counted = _step(config, 3, penalty=penalty, penalty_weight=0.1)
     step = training_flops(config, BATCH, LENGTH, 3, num_logits=NUM_LABELS)
     assert step + penalty_flops(config, BATCH, LENGTH, penalty) == counted
-
-
-def test_loops_ahead_of_the_state_count_at_their_mean() -> None:
-    config = _config("paper")
-    plain, ahead = (penalty_flops(config, BATCH, LENGTH, JacobianPenalty(lookahead=loops)) for loops in (0, 10))
-    assert ahead - plain == forward_flops(config, BATCH, LENGTH, 5) - forward_flops(config, BATCH, LENGTH, 0)

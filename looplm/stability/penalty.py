@@ -87,8 +87,6 @@ class JacobianPenalty(Penalty):
         target: No penalty below it; a target < 1 for the spectral radius asks for stability and no more.
         fraction: Share of the sequences, drawn at random each step, on which the term is computed: an unbiased
             estimate at a fraction of the cost.
-        lookahead: Take the Jacobian not at h_t but after a number of further loops without gradient, drawn uniformly
-            from 0 to ``lookahead``: nearer to the fixed point.
 
     Raises:
         ValueError: If a value is outside its range or has no effect.
@@ -107,7 +105,6 @@ class JacobianPenalty(Penalty):
         num_iterations: int = 1,
         target: float = 0.0,
         fraction: float = 1.0,
-        lookahead: int = 0,
     ) -> None:
         if quantity not in get_args(Quantity):
             raise ValueError(f"`quantity` must be one of {get_args(Quantity)}, got {quantity!r}.")
@@ -123,14 +120,11 @@ class JacobianPenalty(Penalty):
             raise ValueError(f"`fraction` must be in (0, 1], got {fraction}.")
         if target < 0:
             raise ValueError(f"`target` must be >= 0, got {target}.")
-        if lookahead < 0:
-            raise ValueError(f"`lookahead` must be >= 0, got {lookahead}.")
         self.quantity = quantity
         self.method: ProductName | Literal["auto"] = method
         self.num_iterations = num_iterations
         self.target = target
         self.fraction = fraction
-        self.lookahead = lookahead
 
     def __call__(
         self,
@@ -141,7 +135,7 @@ class JacobianPenalty(Penalty):
         generator: torch.Generator,
     ) -> Tensor:
         """Return the penalty, a scalar; see :meth:`Penalty.__call__`."""
-        hidden = self._ahead(step_fn, pytree.tree_map(lambda x: x.detach(), hidden), generator)
+        hidden = pytree.tree_map(lambda x: x.detach(), hidden)
         measured = self._measure(step_fn, hidden, mask, generator)
         return measured.mean() if self.target == 0 else (measured - self.target).clamp_min(0).mean()
 
@@ -155,14 +149,6 @@ class JacobianPenalty(Penalty):
         chosen = copy.copy(self)
         chosen.method = method
         return chosen
-
-    def _ahead(self, step_fn: StepFn, hidden: Hidden, generator: torch.Generator) -> Hidden:
-        if self.lookahead:
-            num_loops = int(torch.randint(self.lookahead + 1, (), generator=generator, device=generator.device))
-            with torch.no_grad():
-                for _ in range(num_loops):
-                    hidden = step_fn(hidden)
-        return hidden
 
     def _measure(self, step_fn: StepFn, hidden: Hidden, mask: Tensor | None, generator: torch.Generator) -> Tensor:
         method = _usual_product(hidden) if self.method == "auto" else self.method
