@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import pkgutil
+import re
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -65,6 +67,22 @@ def test_every_lazy_name_is_public_where_it_lives() -> None:
     assert len(looplm.__all__) > 40
     homes = {name: getattr(looplm, name).__module__ for name in looplm.__all__}
     assert [name for name, home in homes.items() if f"{home}.{name}" not in PUBLIC] == []
+
+
+def test_the_overview_names_what_the_package_gives_and_nothing_else() -> None:
+    groups = (looplm.__doc__ or "").partition("Contract\n")[2].partition("Example:")[0]
+    named = set(re.findall(r"\b(?:[A-Z]\w*[a-z]\w*|[a-z]+_\w+)\b", groups))
+    assert set(looplm.__all__) - named == {"generate", "unroll"}  # words that may be no name
+    assert {"generate", "unroll"} <= set(re.findall(r"\w+", groups))
+    words = {"Train", "Measure", "Generate", "Lightning", "LightningModule", "Hugging", "Face", "Ouro", "Huginn"}
+    assert named - set(looplm.__all__) == words
+
+
+def test_names_of_type_checkers_are_those_that_are_loaded() -> None:
+    tree = ast.parse(inspect.getsource(looplm))
+    block = next(node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    told = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert told == looplm._HOME
 
 
 @pytest.mark.parametrize("name", PUBLIC)
