@@ -6,7 +6,8 @@ Thresholds are chosen on problems of the training stream and judged on the test 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from looplm.cache import kept_loops
 from looplm.callbacks.output import write_figure
 from looplm.checkpoints import load_checkpoint
 from looplm.commands.arguments import Parser
+from looplm.commands.exit_table import NamedExit, exits_of
+from looplm.commands.next_step import command_line
 from looplm.commands.run_data import read_run_data
-from looplm.exits import ConfidenceExit, EntropyExit, ExitRule, GateExit, KLExit, ResidualExit
 from looplm.generation import GenerationOptions, generate_with_loops
 from looplm.group_figures import numbered_points
 from looplm.model import LoopedTransformer
@@ -33,15 +35,6 @@ examples:
   python -m looplm exits runs/stars --num_loops 32 --most_lost 0.005
   python -m looplm exits runs/stars_plus --cache last
 """
-
-_TOLERANCES = (0.5, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01, 0.005, 0.002)
-_RULES: dict[str, tuple[Callable[[float], ExitRule], tuple[float, ...]]] = {
-    "residual": (ResidualExit, _TOLERANCES),
-    "kl": (KLExit, (0.5, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4)),
-    "entropy": (EntropyExit, (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 3e-3)),
-    "confidence": (ConfidenceExit, (0.5, 0.7, 0.9, 0.95, 0.98, 0.99, 0.997, 0.999)),
-}
-_GATE = (0.3, 0.5, 0.7, 0.9, 0.95, 0.99)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,19 +100,17 @@ def _measure(
     *,
     split: str,
     num_loops: int,
-    rule: str = "fixed",
-    threshold: float | None = None,
-    cache: str = "per_loop",
+    cache: str,
+    known: NamedExit | None = None,
+    threshold: float = 0.0,
 ) -> ExitRow:
     """Answer all problems as one batch and count."""
-    makers = {name: make for name, (make, _) in _RULES.items()} | {"gate": GateExit}
-    exit_rule = None if rule == "fixed" else makers[rule](0.0 if threshold is None else threshold)
     options = GenerationOptions(
         num_loops=num_loops,
         max_new_tokens=problems.answers.shape[1],
         end_id=problems.end_id,
         cache=cache,
-        exit_rule=exit_rule,
+        exit_rule=None if known is None else known.make(threshold),
     )
     result = generate_with_loops(model, problems.tokens, options, problems.mask)
     said = torch.full_like(problems.answers, problems.end_id)
@@ -128,8 +119,8 @@ def _measure(
     memory = model.make_cache(len(said), problems.tokens.shape[1] + said.shape[1] - 1, num_loops, cache).num_bytes
     return ExitRow(
         split=split,
-        rule=rule,
-        threshold=float(num_loops) if threshold is None else threshold,
+        rule="fixed" if known is None else known.name,
+        threshold=float(num_loops) if known is None else threshold,
         cache=cache,
         exact_match=right.float().mean().item(),
         mean_loops=result.mean_loops,
@@ -171,16 +162,14 @@ def equal_depth(fixed: Sequence[ExitRow], exact_match: float) -> ExitRow:
 def _measure_all(
     model: LoopedTransformer, sets: dict[str, Problems], num_loops: int, cache: str, others: Sequence[str]
 ) -> Iterator[ExitRow]:
-    grids = {name: grid for name, (_, grid) in _RULES.items()}
-    grids |= {"gate": _GATE} if model.exit_gate is not None else {}
     for split, problems in sets.items():
         depths = sorted({d for d in range(1, num_loops + 1) if d <= 16 or d % 8 == 0} | {num_loops})
         for depth in depths:
             yield _measure(model, problems, split=split, num_loops=depth, cache=cache)
-        for rule, grid in grids.items():
-            for threshold in grid:
+        for known in exits_of(model):
+            for threshold in known.tried:
                 yield _measure(
-                    model, problems, split=split, num_loops=num_loops, rule=rule, threshold=threshold, cache=cache
+                    model, problems, split=split, num_loops=num_loops, cache=cache, known=known, threshold=threshold
                 )
     for other in others:
         yield _measure(model, sets["test"], split="test", num_loops=num_loops, cache=other)
@@ -231,7 +220,9 @@ def run(argv: Sequence[str]) -> int:
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
     _draw(rows, args.num_loops, args.cache, output)
-    _report(rows, args.num_loops, args.cache, args.most_lost, output)
+    _report(rows, args.num_loops, args.cache, args.most_lost)
+    told = ", ".join(str(output / name) for name in ("exits.csv", "exits.png", "caches.png"))
+    sys.stdout.write(f"written: {told}\nnext:    {command_line('explore', args.run)}\n")
     return 0
 
 
@@ -253,7 +244,7 @@ def _draw(rows: Sequence[ExitRow], num_loops: int, cache: str, output: Path) -> 
     write_figure(output / "caches.png", caches)
 
 
-def _report(rows: Sequence[ExitRow], num_loops: int, cache: str, most_lost: float, output: Path) -> None:
+def _report(rows: Sequence[ExitRow], num_loops: int, cache: str, most_lost: float) -> None:
     """Print, for every rule at the threshold chosen on train, what it loses and saves on test."""
     from rich.console import Console
     from rich.table import Table
@@ -283,7 +274,4 @@ def _report(rows: Sequence[ExitRow], num_loops: int, cache: str, most_lost: floa
             f"{equal.threshold:g}",
             f"{1 - row.mean_loops / equal.threshold:.0%}",
         )
-    console = Console()
-    console.print(table)
-    names = ", ".join(str(output / name) for name in ("exits.csv", "exits.png", "caches.png"))
-    console.print(f"written: {names}", highlight=False, soft_wrap=True)
+    Console().print(table)

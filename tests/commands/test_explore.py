@@ -122,7 +122,7 @@ def test_answer_of_every_depth_is_that_of_generation(sums: Path) -> None:
         said = generate(model, prompt, num_loops=depth, max_new_tokens=5, end_id=data.end_id)
         assert page["answers"][number]["text"] == data.encoder.form.read_answer(data.tokenizer.decode(said[0].tolist()))
     assert page["expected"] == "46"
-    assert [exit["name"] for exit in page["exits"]] == ["residual", "KL", "entropy", "confidence"]
+    assert [exit["name"] for exit in page["exits"]] == ["residual", "kl", "entropy", "confidence"]
     assert all(1 <= loops <= 9 for exit in page["exits"] for loops in exit["loops"])
     json.dumps(page, allow_nan=False)
 

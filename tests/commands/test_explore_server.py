@@ -118,7 +118,7 @@ def test_page_shows_every_depth_curve_exit_and_the_path(page: Browser) -> None:
     )
     assert all(width > 50 for width in charts)
     names = page.evaluate("[...document.querySelectorAll('#exits tbody th')].map((cell) => cell.textContent)")
-    assert names == ["residual", "KL", "entropy", "confidence"]
+    assert names == ["residual", "kl", "entropy", "confidence"]
     colours = page.evaluate(
         "[...document.querySelectorAll('#grid .token')].map((token) => getComputedStyle(token).backgroundColor)"
     )

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from looplm.commands.exit_table import exits_of
 from looplm.commands.explorer.opening import OpenedModel
 from looplm.errors import InputError
-from looplm.exits import ConfidenceExit, EntropyExit, ExitRule, GateExit, KLExit, ResidualExit
 from looplm.inspection import ExitInspection, InspectedAnswer, inspect_depths, inspect_exits
 
 __all__ = ["MOST_CHARACTERS", "Limits", "Session", "shown_depths"]
@@ -22,15 +22,6 @@ MOST_CHARACTERS = 2000
 """Longest problem."""
 _MOST_DEPTHS = 33
 _FIELDS = {"problem", "max_depth"}
-
-# Name, rule and its condition in words. Thresholds as README's measurement has them; the page shows them.
-_EXITS: tuple[tuple[str, ExitRule, str], ...] = (
-    ("residual", ResidualExit(0.05), "‖h−h′‖/‖h‖ ≤ 0.05"),
-    ("KL", KLExit(1e-3), "KL(p‖p′) ≤ 0.001"),
-    ("entropy", EntropyExit(0.02), "entropy ≤ 0.02"),
-    ("confidence", ConfidenceExit(0.997), "probability ≥ 0.997"),
-)
-_GATE = ("gate", GateExit(0.9), "gate's share ≥ 0.9")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +84,7 @@ class Session:
 
     def __init__(self, opened: OpenedModel, limits: Limits) -> None:
         self._opened, self._limits = opened, limits
-        self._exits = [*_EXITS, *([] if opened.model.exit_gate is None else [_GATE])]
+        self._exits = exits_of(opened.model)
         self._deadline, self._is_stopped = math.inf, False
         # Every loop comes by here, whatever runs it.
         opened.model.core[0].register_forward_pre_hook(self._check_time)
@@ -146,7 +137,7 @@ class Session:
         number = min(self._limits.max_new_tokens, room)
         depths = shown_depths(greatest)
         seen = inspect_depths(model, prompt, depths=depths, max_new_tokens=number, end_ids=form.end_ids)
-        rules = {name: rule for name, rule, _ in self._exits}
+        rules = {known.name: known.make(known.shown) for known in self._exits}
         stops = inspect_exits(model, prompt, rules, num_loops=greatest, max_new_tokens=number, end_ids=form.end_ids)
         return {
             "problem": problem,
@@ -155,7 +146,10 @@ class Session:
             "depths": depths,
             "chosen": seen.chosen,
             "answers": [self._plain(answer) for answer in seen.answers],
-            "exits": [{"name": name, "when": when, **self._stop(stops[name])} for name, _, when in self._exits],
+            "exits": [
+                {"name": known.name, "when": known.condition.format(known.shown), **self._stop(stops[known.name])}
+                for known in self._exits
+            ],
         }
 
     def _checked(self, request: Any) -> tuple[str, int]:
