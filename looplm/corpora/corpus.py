@@ -24,7 +24,7 @@ _FAULTS = {
     Fault.EMPTY: "empty",
     Fault.NO_TEXT: "no string",
     Fault.NUL: "with a NUL character",
-    Fault.MALFORMED: "no JSON object",
+    Fault.MALFORMED: "broken",
 }
 
 
@@ -44,8 +44,8 @@ class RowPolicy:
     overlong: Overlong = "drop"
     """Longer rows: left out, cut after ``max_tokens``, or an error."""
     bad_rows: BadRows = "error"
-    """Rows that are no text (a number, a NUL character, a line that is no JSON): an error, or left out. Rows where a
-    text is empty are left out in any case."""
+    """Rows that are no text (a number, a NUL character, a line that is no JSON object, or has more fields than its CSV
+    file a header): an error, or left out. Rows where a text is empty are left out in any case."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 2:
@@ -90,8 +90,18 @@ def describe_length(source: Source, row: str, length: int, max_tokens: int) -> s
     )
 
 
-def report(name: str, counts: Mapping[str, int]) -> str:
+def _name(source: Source, row: int) -> str:
+    return f"row {row + 1}" + (f" of {source.split}" if "[" in source.split else "")
+
+
+def report(name: str, counts: Mapping[str, int], num_joined: int = 0, num_unknown: int = 0) -> str:
     """Return one line on what became of the rows.
+
+    Args:
+        name: The source.
+        counts: Rows by verdict.
+        num_joined: Used rows whose prompt and solution were encoded apart.
+        num_unknown: Used rows that hold something that is not in the vocabulary.
 
     Example:
         >>> report("gsm8k", {"kept": 97, "cut": 1, "empty": 2})
@@ -102,7 +112,10 @@ def report(name: str, counts: Mapping[str, int]) -> str:
     if counts.get("cut"):
         line += f" ({counts['cut']} of them cut)"
     left_out = [f"{number} {why}" for why, number in counts.items() if why not in ("kept", "cut") and number]
-    return f"{line}; left out: {', '.join(left_out)}" if left_out else line
+    line += f"; left out: {', '.join(left_out)}" if left_out else ""
+    if num_joined:
+        line += f"; in {num_joined} a token would have joined prompt and solution, which were encoded apart"
+    return f"{line}; {num_unknown} hold something that the tokenizer has no id for" if num_unknown else line
 
 
 class Corpus:
@@ -141,12 +154,14 @@ class Corpus:
             refused = np.flatnonzero((table.fault != Fault.NONE) & (table.fault != Fault.EMPTY))
             if len(refused):
                 row = int(refused[0])
-                raise InputError(describe_fault(source, f"row {row + 1}", int(table.fault[row]), int(table.part[row])))
+                raise InputError(
+                    describe_fault(source, _name(source, row), int(table.fault[row]), int(table.part[row]))
+                )
         good = table.fault == Fault.NONE
         too_long = good & (table.lengths > policy.max_tokens)
         if policy.overlong == "error" and too_long.any():
             row = int(np.flatnonzero(too_long)[0])
-            raise InputError(describe_length(source, f"row {row + 1}", int(table.lengths[row]), policy.max_tokens))
+            raise InputError(describe_length(source, _name(source, row), int(table.lengths[row]), policy.max_tokens))
         self.counts = {"kept": int((good & ~too_long).sum())}
         usable = good & ~too_long
         if policy.overlong == "truncate":
@@ -205,11 +220,5 @@ class Corpus:
 
     def report(self) -> str:
         """Return one line on what became of the source's rows."""
-        line = report(self.source.label, self.counts)
-        joined = int(self.table.joined[self.rows].sum())
-        if joined:
-            line += f"; in {joined} a token would have joined prompt and solution, which were encoded apart"
-        unknown = int(self.table.unknown[self.rows].sum())
-        if unknown:
-            line += f"; {unknown} hold something that the tokenizer has no id for"
-        return line
+        joined, unknown = (int(part[self.rows].sum()) for part in (self.table.joined, self.table.unknown))
+        return report(self.source.label, self.counts, num_joined=joined, num_unknown=unknown)

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from looplm.corpora.sources import MALFORMED, Source
+from looplm.corpora.sources import Source
 from looplm.corpora.templates import filled, placeholders
+from looplm.corpora.text_files import MALFORMED, NOT_TEXT
 
 __all__ = ["Fault", "Rows", "check_rows", "question_key"]
 
@@ -37,7 +38,7 @@ class Fault(IntEnum):
     NUL = 3
     """A NUL character, which is no text."""
     MALFORMED = 4
-    """A line that is no row."""
+    """What is no row of its file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ def check_rows(source: Source, batch: Mapping[str, list[Any]]) -> Rows:
 
     Args:
         source: Says which columns they are in.
-        batch: The columns, lists of N values.
+        batch: The columns, lists of N values; the marks of :mod:`~looplm.corpora.text_files` among them.
 
     Example:
         >>> check_rows(Source(path="rows.jsonl"), {"question": ["1+1?"], "answer": [2]}).fault.tolist()
@@ -80,9 +81,12 @@ def check_rows(source: Source, batch: Mapping[str, list[Any]]) -> Rows:
         if name not in columns:
             texts[name] = [""] * number
             continue
-        names = placeholders(columns[name]) or [columns[name]]
+        names = source.names(name)
         # Corpora write final answers as numbers, too.
         read = [[_text(value, name == "final") for value in batch[column]] for column in names]
+        for row, column in enumerate(batch.get(NOT_TEXT, ())):
+            if column in names:
+                read[names.index(column)][row] = Fault.NO_TEXT
         found = read[0] if not placeholders(columns[name]) else _joined(columns[name], names, read)
         for row, value in enumerate(found):
             if isinstance(value, Fault):

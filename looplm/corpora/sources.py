@@ -5,29 +5,25 @@ Knows files and columns, no tokens. What cannot be read ends in one line that na
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
-import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from looplm.corpora.generated import generated_file, is_generated
 from looplm.corpora.templates import placeholders
+from looplm.corpora.text_files import MALFORMED, NOT_TEXT, TEXT_FORMATS, text_rows
 from looplm.errors import InputError
 
-if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
+__all__ = ["READING", "Source", "content_key", "load_rows", "read_batches"]
 
-__all__ = ["MALFORMED", "Source", "content_key", "load_rows", "read_batches"]
+READING = 1
+"""How files are read; another number makes unread what was kept of an earlier reading."""
 
-MALFORMED = "__malformed__"
-"""A column that marks lines which are no row, where such are skipped."""
-
-_FORMATS = {"json": "json", "jsonl": "json", "csv": "csv", "tsv": "csv", "parquet": "parquet", "arrow": "arrow"}
+_TABLE_FORMATS = ("parquet", "arrow")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +104,17 @@ class Source:
     @property
     def needed(self) -> list[str]:
         """The columns that are read."""
-        names = [name for column in self.columns.values() for name in placeholders(column) or [column]]
-        return list(dict.fromkeys(names))
+        return list(dict.fromkeys(name for part in self.columns for name in self.names(part)))
+
+    def names(self, part: str) -> list[str]:
+        """Return the columns of one part of a row."""
+        return placeholders(self.columns[part]) or [self.columns[part]]
+
+    @property
+    def numbers(self) -> list[str]:
+        """The columns that may be numbers: those of the final answer alone, which corpora write so, too."""
+        texts = [name for part in self.columns if part != "final" for name in self.names(part)]
+        return [name for name in self.needed if name not in texts]
 
 
 def content_key(source: Source, thorough: bool = True) -> str | None:
@@ -146,12 +151,12 @@ def _file_hash(path: Path, size: int, time: int) -> bytes:
 
 
 def load_rows(source: Source, cache_dir: Path, *, skip_malformed: bool = False, streaming: bool = False) -> Any:
-    """Return the rows of a source, all their columns.
+    """Return the rows of a source, with the needed columns at least.
 
     Args:
         source: The source.
         cache_dir: Where ``datasets`` keeps what it has read.
-        skip_malformed: Whether a line of a JSON file that is no row is marked in a column instead of refused.
+        skip_malformed: Whether what is no row of a JSON or CSV file is marked in a column instead of refused.
         streaming: Whether rows are read as they are asked for.
 
     Returns:
@@ -170,19 +175,15 @@ def load_rows(source: Source, cache_dir: Path, *, skip_malformed: bool = False, 
     """
     import datasets
 
-    datasets.logging.set_verbosity_error()  # what it would log of a broken file is said in our error
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it would log of a broken file is said in our error
+    if streaming and "[" in source.split:
+        raise InputError(f"{source.path}: in streaming `split` must be a whole one, got {source.split!r}.")
     try:
-        rows = _load(source, cache_dir, streaming)
+        rows = _load(source, cache_dir, skip_malformed, streaming)
         # A stream may not know its columns, or that it has no rows, before it is read.
         names = list(next(iter(rows), {})) if streaming else rows.column_names
-    except InputError:
-        raise
     except Exception as error:
-        if skip_malformed and not streaming and _json_lines(source):
-            rows = _salvaged(source, cache_dir)
-            names = rows.column_names
-        else:
-            raise InputError(_diagnosis(source, error)) from None
+        raise InputError(_diagnosis(source, error)) from None
     missing = [name for name in source.needed if name not in names]
     if missing and names:
         raise InputError(f"{source.path}: column {missing[0]!r} is missing; the columns are {sorted(names)}.")
@@ -191,26 +192,78 @@ def load_rows(source: Source, cache_dir: Path, *, skip_malformed: bool = False, 
     return rows
 
 
-def _load(source: Source, cache_dir: Path, streaming: bool) -> Dataset | IterableDataset:
-    from datasets import load_dataset, load_from_disk
+def _load(source: Source, cache_dir: Path, skip_malformed: bool, streaming: bool) -> Any:
+    from datasets import load_dataset, load_dataset_builder, load_from_disk
 
     root = source.root
     options: dict[str, Any] = {"split": source.split, "streaming": streaming}
-    if source.is_file:
-        kind = _format(root)
-        # Otherwise "NA" is no text, "007" a number and "1.50" another one.
-        texts = _text_columns(root) if kind == "csv" else {}
-        folder = str(cache_dir / (content_key(source) or "")[:32]) if not streaming else None
-        return load_dataset(kind, data_files=[str(root)], cache_dir=folder, **texts, **options)
-    if root.is_dir():
+    if root.exists():
+        folder = str(cache_dir / f"{(content_key(source, thorough=not streaming) or '')[:32]}-{READING}")
+        if source.is_file:
+            if _format(root) in TEXT_FORMATS:
+                return _text_rows(source, {"train": [str(root)]}, folder, skip_malformed, streaming)
+            return load_dataset(_format(root), data_files=[str(root)], cache_dir=folder, **options)
         if (root / "state.json").is_file() or (root / "dataset_dict.json").is_file():
             return _saved(source, load_from_disk(str(root)), streaming)
-        folder = str(cache_dir / (content_key(source) or "")[:32]) if not streaming else None
-        return load_dataset(str(root), cache_dir=folder, **options)
-    looks_local = root.suffix or root.is_absolute() or source.path.startswith((".", "~")) or source.path.count("/") > 1
-    if looks_local:
-        raise InputError(f"`path` of a source must be a file, a directory or a hub id, got {source.path!r}.")
-    return load_dataset(source.path, source.subset, revision=source.revision, **options)
+        builder = load_dataset_builder(str(root), cache_dir=folder)
+        if builder.name in ("json", "csv"):
+            files = {str(split): [str(file) for file in files] for split, files in builder.config.data_files.items()}
+            return _text_rows(source, files, folder, skip_malformed, streaming)
+    else:
+        looks_local = root.suffix or root.is_absolute() or source.path.startswith((".", "~"))
+        if looks_local or source.path.count("/") > 1:
+            raise InputError(f"`path` of a source must be a file, a directory or a hub id, got {source.path!r}.")
+        builder = _hub_builder(source)
+    if streaming:
+        return builder.as_streaming_dataset(split=source.split)
+    builder.download_and_prepare()
+    return builder.as_dataset(split=source.split)
+
+
+def _hub_builder(source: Source) -> Any:
+    from datasets import load_dataset_builder
+
+    builder = load_dataset_builder(source.path, source.subset, revision=source.revision)
+    if getattr(builder.config, "on_mixed_types", None) is None:
+        return builder
+    # Otherwise one number among the texts of a JSON file turns its neighbours into JSON, in silence.
+    return load_dataset_builder(source.path, source.subset, revision=source.revision, on_mixed_types=None)
+
+
+def _text_rows(
+    source: Source, files: Mapping[str, list[str]], folder: str, skip_malformed: bool, streaming: bool
+) -> Any:
+    """Return the rows of JSON and CSV files, what is wrong with them marked in columns of their own."""
+    from datasets import Dataset, Features, IterableDataset, Value
+
+    names = list(dict.fromkeys(part.partition("[")[0].strip() for part in source.split.split("+")))
+    for name in names:
+        if name not in files:
+            raise InputError(f"{source.path}: split {name!r} is missing; the splits are {sorted(files)}.")
+        for file in files[name]:
+            if _format(Path(file)) not in TEXT_FORMATS:
+                raise InputError(f"{file} must end in one of {sorted(TEXT_FORMATS)}, as the other files do.")
+    columns = [*source.needed, NOT_TEXT]
+    features = Features({**{name: Value("string") for name in columns}, MALFORMED: Value("bool")})
+    # Of lists, each item would be a shard: files are.
+    fixed = {"needed": tuple(source.needed), "numbers": tuple(source.numbers), "skip_malformed": skip_malformed}
+    if streaming:
+        arguments = {"files": [file for name in names for file in files[name]], **fixed}
+        return IterableDataset.from_generator(text_rows, features=features, gen_kwargs=arguments)
+    splits = {}
+    for name in names:
+        arguments = {"files": files[name], **fixed}
+        splits[name] = Dataset.from_generator(text_rows, features=features, gen_kwargs=arguments, cache_dir=folder)
+    return _part(source, splits)
+
+
+def _part(source: Source, splits: Mapping[str, Any]) -> Any:
+    """Take what ``split`` says, which may be a part of one, out of whole splits."""
+    from datasets import ReadInstruction, concatenate_datasets
+
+    lengths = {name: len(rows) for name, rows in splits.items()}
+    parts = ReadInstruction.from_spec(source.split).to_absolute(lengths)
+    return concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
 
 
 def _saved(source: Source, saved: Any, streaming: bool) -> Any:
@@ -225,23 +278,14 @@ def _saved(source: Source, saved: Any, streaming: bool) -> Any:
 
 
 def _format(path: Path) -> str:
-    kind = _FORMATS.get(path.name.lower().removesuffix(".gz").rsplit(".", 1)[-1])
-    if kind is None or (path.name.endswith(".gz") and kind not in ("json", "csv")):
+    kind = path.name.lower().removesuffix(".gz").rsplit(".", 1)[-1]
+    formats = TEXT_FORMATS if path.name.lower().endswith(".gz") else (*TEXT_FORMATS, *_TABLE_FORMATS)
+    if kind not in formats:
         raise InputError(
-            f"a source's file must end in one of {sorted(_FORMATS)} (texts also in .gz), got {str(path)!r}."
+            f"a source's file must end in one of {sorted([*TEXT_FORMATS, *_TABLE_FORMATS])} (texts also in .gz), "
+            f"got {str(path)!r}."
         )
     return kind
-
-
-def _text_columns(path: Path) -> dict[str, Any]:
-    """Return options that let every column of a CSV file be the text that stands there."""
-    from datasets import Features, Value
-
-    separator = "\t" if ".tsv" in path.name.lower() else ","
-    with gzip.open(path, "rt", encoding="utf-8") if path.name.endswith(".gz") else path.open(encoding="utf-8") as file:
-        header = next(csv.reader(file, delimiter=separator), [])
-    features = Features({name: Value("string") for name in header})
-    return {"sep": separator, "features": features, "keep_default_na": False}
 
 
 def read_batches(source: Source, rows: Any, size: int) -> Iterator[dict[str, list[Any]]]:
@@ -253,19 +297,11 @@ def read_batches(source: Source, rows: Any, size: int) -> Iterator[dict[str, lis
     Example:
         >>> batches = read_batches(Source(path="openai/gsm8k"), [], 8)  # lazy
     """
-    names = [*source.needed, *([MALFORMED] if MALFORMED in (rows.column_names or ()) else [])]
+    marks = [name for name in (NOT_TEXT, MALFORMED) if name in (rows.column_names or ())]
     try:
-        yield from rows.select_columns(names).iter(batch_size=size)
+        yield from rows.select_columns([*source.needed, *marks]).iter(batch_size=size)
     except Exception as error:
         raise InputError(_diagnosis(source, error)) from None
-
-
-def _json_lines(source: Source) -> bool:
-    return source.is_file and _format(source.root) == "json"
-
-
-def _open(path: Path) -> Any:
-    return gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb")
 
 
 def _diagnosis(source: Source, error: Exception) -> str:
@@ -273,72 +309,8 @@ def _diagnosis(source: Source, error: Exception) -> str:
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    if source.is_file:
-        path = source.root
-        if path.stat().st_size == 0:
-            return f"{source.path}: the file is empty."
-        if _json_lines(source):
-            try:
-                found = next(_bad_lines(path), None)
-            except (OSError, EOFError, ValueError) as broken:
-                return f"{source.path} cannot be read: {broken}."
-            if found is not None:
-                return f"{source.path}, line {found[0]}: {found[1]}."
-    reason = next((line for line in str(cause).splitlines() if line.strip()), "")[:300]
-    return f"{source.path} (split {source.split!r}) cannot be read: {type(cause).__name__} {reason}"
-
-
-def _bad_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield number and fault of each line that is no JSON object; of a file that is one array, its own."""
-    with _open(path) as file:
-        if file.read(1) == b"[":
-            file.seek(0)
-            try:
-                json.load(file)
-            except ValueError as error:
-                yield getattr(error, "lineno", 1), f"no JSON: {error}"
-            return
-        file.seek(0)
-        for number, line in enumerate(file, start=1):
-            fault = _fault(line)
-            if fault is not None:
-                yield number, fault
-
-
-def _fault(line: bytes) -> str | None:
-    if not line.strip():
-        return None
-    try:
-        row = json.loads(line.strip())
-    except UnicodeDecodeError as error:
-        return f"no UTF-8: {error}"
-    except ValueError as error:
-        return f"no JSON: {error}"
-    return None if isinstance(row, dict) else f"a row must be an object, got {type(row).__name__}"
-
-
-def _salvaged(source: Source, cache_dir: Path) -> Any:
-    """Return the rows of a JSON lines file, what is no row marked in the column ``MALFORMED``."""
-    from datasets import Dataset, Features, Value
-
-    features = Features({**{name: Value("string") for name in source.needed}, MALFORMED: Value("bool")})
-    key = content_key(source) or ""
-    arguments = {"path": source.path, "needed": tuple(source.needed), "key": key}  # a list would be shards
-    folder = str(cache_dir / key[:32])
-    return Dataset.from_generator(_salvage, features=features, gen_kwargs=arguments, cache_dir=folder)
-
-
-def _salvage(path: str, needed: tuple[str, ...], key: str) -> Iterator[dict[str, Any]]:
-    """Yield one row a line; ``key`` makes another content another dataset."""
-    with _open(Path(path)) as file:
-        for line in file:
-            if not line.strip():
-                continue
-            row = json.loads(line) if _fault(line) is None else None
-            if row is None or any(not isinstance(row.get(name), str | int | float | None) for name in needed):
-                yield {**dict.fromkeys(needed), MALFORMED: True}
-            else:
-                yield {
-                    **{name: None if row.get(name) is None else str(row[name]) for name in needed},
-                    MALFORMED: False,
-                }
+    if isinstance(cause, InputError):
+        return str(cause)
+    details = getattr(cause, "details", None)  # of files with other columns than the first
+    reason = details() if callable(details) else next((line for line in str(cause).splitlines() if line.strip()), "")
+    return f"{source.path} (split {source.split!r}) cannot be read: {type(cause).__name__} {reason[:300]}"

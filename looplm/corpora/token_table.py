@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from looplm.corpora.rows import Fault, Rows, check_rows, question_key
-from looplm.corpora.sources import Source, content_key, load_rows, read_batches
+from looplm.corpora.sources import READING, Source, content_key, load_rows, read_batches
 from looplm.corpora.templates import PromptWriter, SolutionText
 from looplm.corpora.text_tokenizer import TextTokenizer, first_token_after
 
@@ -185,7 +185,7 @@ def token_table(source: Source, encoder: RowEncoder, cache_dir: Path, *, skip_ma
     if content is None:
         rows = load_rows(source, cache_dir / "sources", skip_malformed=skip_malformed)
         content = rows._fingerprint  # of the hub's revision
-    key = plain_hash(content, source.split, source.columns, encoder.settings())
+    key = plain_hash(READING, content, source.split, source.columns, encoder.settings())
     path = cache_dir / "tokens" / f"{key}.arrow"
     if not path.is_file():
         if rows is None:

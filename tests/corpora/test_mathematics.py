@@ -160,6 +160,15 @@ def test_row_that_is_no_text_is_an_error_or_counted(
     assert "9 of 10 rows; left out: 1 with a NUL character" in _said(caplog)
 
 
+def test_row_of_a_part_is_named_as_one(make: Callable[..., MathDataModule], tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "nul.jsonl", [*ROWS[:20], {"question": "q\0", "answer": "a"}])
+    for split, name in (("train", "row 21"), ("train[15:]", r"row 6 of train\[15:\]")):
+        with pytest.raises(InputError, match=f"nul.jsonl, {name}, column 'question': with a NUL character"):
+            make(train=[Source(path=str(path), split=split)]).setup("fit")
+    with pytest.raises(InputError, match=r"row 1 of train\[15:20\]: .* tokens are more than `max_tokens`"):
+        make(train=[Source(path=str(path), split="train[15:20]")], overlong="error", max_tokens=20).setup("fit")
+
+
 def test_broken_line_is_skipped_and_counted_where_that_is_asked_for(
     make: Callable[..., MathDataModule], corpus_file: Path
 ) -> None:
@@ -167,7 +176,7 @@ def test_broken_line_is_skipped_and_counted_where_that_is_asked_for(
         file.write('{"question": "half a li\n')
     with pytest.raises(InputError, match="line 101: no JSON"):
         make().setup("fit")
-    assert "1 no JSON object" in make(bad_rows="skip").splits.train[0].report()
+    assert "1 broken" in make(bad_rows="skip").splits.train[0].report()
 
 
 def test_answer_of_ten_megabytes_is_left_out_and_counted(make: Callable[..., MathDataModule], tmp_path: Path) -> None:
