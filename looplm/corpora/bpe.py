@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.imports import RequirementCache
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 __all__ = ["BPETokenizer"]
 
 _AVAILABLE = RequirementCache("tokenizers>=0.21")
+_MOST_LEARNT = 100_000  # characters of a text
+_LONGEST_WORD = 1000  # the time to learn grows with its square
+_CUT = re.compile(rf"\S{{{_LONGEST_WORD}}}(?=\S)|\s{{{_LONGEST_WORD}}}(?=\s)")
 
 
 class BPETokenizer(TextTokenizer):
@@ -58,7 +62,7 @@ class BPETokenizer(TextTokenizer):
         return {"vocab_size": self.most_ids, "split_digits": self.split_digits}
 
     def learn(self, texts: Iterable[str]) -> None:
-        """Learn the merges."""
+        """Learn the merges, from the first 100,000 characters of each text."""
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
         tokenizer = Tokenizer(models.BPE())
@@ -72,7 +76,7 @@ class BPETokenizer(TextTokenizer):
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        tokenizer.train_from_iterator(texts, trainer)
+        tokenizer.train_from_iterator((piece for text in texts for piece in _learnable(text)), trainer)
         self._take(tokenizer)
 
     def restore(self, files: Mapping[str, bytes]) -> None:
@@ -101,3 +105,13 @@ class BPETokenizer(TextTokenizer):
     def files(self) -> dict[str, bytes]:
         """Return what the library writes."""
         return {"tokenizer.json": self._learnt.to_str().encode(), **tokenizer_config()}
+
+
+def _learnable(text: str) -> Iterator[str]:
+    """Yield a text whose words can be learnt from: as it is but for what is no language and would take hours."""
+    text, begin = text[:_MOST_LEARNT], 0
+    if len(text) > _LONGEST_WORD:
+        for match in _CUT.finditer(text):
+            yield text[begin : match.end()]
+            begin = match.end()
+    yield text[begin:]

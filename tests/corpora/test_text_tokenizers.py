@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -84,6 +85,16 @@ def test_files_hold_the_same_tokenizer(tokenizer: TextTokenizer, tmp_path: Path)
 
 def test_learning_is_deterministic() -> None:
     assert learnt(BPETokenizer).files() == learnt(BPETokenizer).files()
+
+
+@pytest.mark.parametrize("character", ["letters", " "])
+def test_bpe_learns_from_unbroken_runs_piece_by_piece(character: str) -> None:
+    letters = np.random.default_rng(0).integers(97, 123, 10**6, dtype=np.uint8).tobytes().decode()
+    run = letters if character == "letters" else character * 10**6
+    whole, pieces = BPETokenizer(300), BPETokenizer(300)
+    whole.learn([*CORPUS, run])  # as one word, this would take hours
+    pieces.learn([*CORPUS, *[run[begin : begin + 1000] for begin in range(0, 100_000, 1000)]])
+    assert whole.files() == pieces.files()
 
 
 def test_bpe_writes_numbers_digit_by_digit_unless_told_otherwise() -> None:
