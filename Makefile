@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 stars: $(VENV)/.installed
-	$(BIN)/python -m looplm sweep conf/stars_plus.yaml conf/fixed_depth.yaml
+	$(BIN)/python -m looplm sweep conf/stars_plus.yaml conf/fixed_depth.yaml --root runs/make_stars
 
 # Three processes on two cores: many tests wait for another process.
 test: $(VENV)/.installed

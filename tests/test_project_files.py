@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from test_import_ranks import FILES, RANKS
 
 import looplm
 
@@ -77,6 +78,33 @@ def test_issue_form_is_one(path: Path) -> None:
     for field in form["body"]:
         assert field["type"] in ("checkboxes", "dropdown", "input", "markdown", "textarea")
         assert field["attributes"]["label"]
+
+
+def test_a_report_of_a_bug_is_asked_for_what_doctor_prints() -> None:
+    (versions,) = [field for field in _read(".github/ISSUE_TEMPLATE/bug.yml")["body"] if field["id"] == "versions"]
+    assert "`python -m looplm doctor`" in versions["attributes"]["description"]
+
+
+def test_the_source_distribution_holds_what_the_tests_read() -> None:
+    sdist = pytest.importorskip("hatchling.builders.sdist")
+    held = {file.distribution_path for file in sdist.SdistBuilder(str(ROOT)).recurse_included_files()}
+    tops = {Path(path).parts[0] for path in held}
+    assert TOP_LEVEL | {".github", ".ci", ".pre-commit-config.yaml"} <= tops | {
+        "pyproject.toml"
+    }  # which it always holds
+
+
+def test_files_import_from_rows_above_or_left_of_them() -> None:
+    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("| file | what it is |")[1].split("\n\n")[0]
+    names = [name for row in table.splitlines() for name in re.findall(r"`([\w/]+?)(?:\.py|/)`", row.split(" | ")[0])]
+    place = {name.replace("/", "."): index for index, name in enumerate(names)}
+    assert set(names) - {"commands/explorer"} == RANKS.keys() - {"__main__"}
+    for path in FILES:
+        here = path.relative_to(ROOT / "looplm").with_suffix("").parts[0]
+        if here == "__main__":
+            continue
+        imported = re.findall(r"^\s*(?:from|import) looplm\.(\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        assert [other for other in set(imported) - {here} if place[other] > place[here]] == [], here
 
 
 def test_what_contributors_are_pointed_to_exists() -> None:

@@ -1,4 +1,4 @@
-"""Every command and every example of the README does what a reader will do with it.
+"""Every command and every example of the README, and of CONTRIBUTING, does what a reader will do with it.
 
 What is cheap is run, in the order of the page and in one folder, with options that make it small. What needs GPUs, the
 hub or hours is parsed: config and options must be whole and known. A command of another kind fails the test, so that
@@ -29,33 +29,49 @@ import torch.distributed.checkpoint as dcp
 import looplm
 from looplm.checkpoints import save_pretrained
 from looplm.cli import main
-from looplm.commands import sweep
+from looplm.commands import exits, sweep
+from looplm.commands.names import LIGHTNING, OWN
 from looplm.commands.rows import read_rows
 from looplm.commands.runs import expand_runs
 from looplm.config import LoopedConfig
+from looplm.errors import InputError
 from looplm.model import LoopedTransformer
 
 ROOT = Path(looplm.__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCKS = [(match[1], match[2]) for match in FENCED.finditer(README)]
 EXAMPLES = [code for language, code in BLOCKS if language == "python"]
-LISTED = [
-    re.sub(r"\s+#.*", "", line)
-    for language, code in BLOCKS
-    if language in ("", "bash")
-    for line in code.splitlines()
-    if line and not line.startswith("#")
-]
-# Commands in the text, which may go over the end of a line. A lone `torchrun` is a name, not a command.
-INLINE = [
-    " ".join(text.split())
-    for text in re.findall(r"`([^`]+)`", FENCED.sub("", README))
-    if re.match(r"(\.venv/bin/)?(python|pytest|make|pip|tensorboard|torchrun)\s", text)
-]
-# Those of the lists come first: they make the runs that the others read.
-COMMANDS = list(dict.fromkeys([*LISTED, *INLINE]))
+SUBCOMMANDS = {**LIGHTNING, **OWN}
+PROGRAMS = "|".join(["python", "pytest", "make", "pip", "pre-commit", "tensorboard", "torchrun", *SUBCOMMANDS])
+
+
+def listed_commands(page: str) -> list[str]:
+    """Return the commands in a page's blocks; one may go on after a backslash."""
+    return [
+        re.sub(r"\s+#.*", "", line)
+        for match in FENCED.finditer(page)
+        if match[1] in ("", "bash")
+        for line in match[2].replace("\\\n", " ").splitlines()
+        if line and not line.startswith("#")
+    ]
+
+
+def inline(page: str) -> list[str]:
+    """Return what stands in a page's text as code; it may go over the end of a line."""
+    return [" ".join(text.split()) for text in re.findall(r"`([^`]+)`", FENCED.sub("", page))]
+
+
+def commands_of(page: str) -> list[str]:
+    """Return a page's commands. A lone `torchrun` or `sweep` is a name, and none."""
+    in_text = [text for text in inline(page) if re.match(rf"(\.venv/bin/)?({PROGRAMS})\s", text)]
+    # Those of the lists come first: they make the runs that the others read.
+    return list(dict.fromkeys([*listed_commands(page), *in_text]))
+
+
+OPTIONS = list(dict.fromkeys(text for text in inline(README) if re.match(r"--(model|data|trainer)\.", text)))
 
 SMALL = [
     *("--trainer.max_steps=2", "--trainer.val_check_interval=1", "--trainer.accelerator=cpu", "--trainer.devices=1"),
@@ -73,7 +89,7 @@ LARGE = ("math", "overlays/", "num_nodes", "stars_plus")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder like the repository's, with small models in the place of published and of sharded ones."""
     path = tmp_path_factory.mktemp("reader")
-    for name in ("conf", "tests", "looplm", "Makefile", "pyproject.toml", "constraints.txt"):
+    for name in ("conf", "tests", "looplm", "Makefile", "pyproject.toml", "constraints.txt", ".ci"):
         (path / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "data", path / "data")
     config = LoopedConfig.ouro_1_4b()
@@ -102,7 +118,7 @@ def _sweep(argv: list[str]) -> None:
     """Hours of training: the runs must be there to start, and those with a file of rows must stand in it."""
     args, options = sweep.parse(argv)
     runs = expand_runs(args.configs, root=args.root, options=options, seeds=args.seeds, only=args.only)
-    assert len(runs) >= 2
+    assert runs
     for one in (runs[0], runs[-1]):  # tests/test_configs.py has them all
         _lightning(["fit", *one.arguments, "--print_config"])
     if args.rows is not None:
@@ -134,7 +150,13 @@ def _looplm(argv: list[str], capfd: Any) -> None:
             main([*argv, "--help"])
         assert ended.value.code == 0
     elif command == "exits":
-        assert main([*argv, "--num_loops", "2"]) == 0
+        args = exits.make_parser().parse_args(rest)
+        if args.run.is_dir():
+            assert main([*argv, "--num_loops", "2"]) == 0
+        else:  # a run of a sweep that nobody has made here
+            name, _, seed = args.run.name.rpartition("_seed")
+            assert seed.isdigit()
+            assert Path("conf", args.run.parent.name, f"{name}.yaml").is_file()
     else:
         assert main(argv) == 0
     if command == "predict" and not any("math" in word for word in argv):
@@ -159,6 +181,17 @@ def _pip(argv: list[str]) -> None:
     assert set(extras.split(",")) <= set(project["optional-dependencies"])
 
 
+def _pytest(argv: list[str]) -> None:
+    """The files must be there, and a mark one that the project has."""
+    paths = [word for word in argv if word.endswith(".py")]
+    for path in paths:
+        _script(path)
+    if "-m" in argv:
+        marks = tomllib.loads(Path("pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["markers"]
+        assert argv[argv.index("-m") + 1] in [mark.split(":")[0] for mark in marks]
+    assert paths or "-m" in argv
+
+
 def _script(path: str) -> None:
     """Measurements of minutes: the script must be there and be able to start."""
     compile(Path(path).read_text(), path, "exec")
@@ -166,11 +199,19 @@ def _script(path: str) -> None:
 
 def _check(words: list[str], capfd: Any) -> None:
     program, *argv = words
-    program = Path(program).name
+    program = Path(program).name or program  # a lone dot is no path's name
     if program == "srun":
         _check(argv, capfd)
+    elif program == ".":
+        (script,) = argv
+        assert f"VENV := {Path(script).parents[1]}\n" in Path("Makefile").read_text()
+        assert Path(script).parts[1:] == ("bin", "activate")
     elif program.startswith("python") and argv[:2] == ["-m", "looplm"]:
         _looplm(argv[2:], capfd)
+    elif program in SUBCOMMANDS:
+        _looplm([program, *argv], capfd)
+    elif program == "python" and argv[:2] == ["-m", "pytest"]:
+        _pytest(argv[2:])
     elif program == "python" and argv[0].startswith("tests/"):
         _script(argv[0])
     elif program == "python" and argv[0] == "-m" and argv[1].startswith("tests."):
@@ -183,7 +224,11 @@ def _check(words: list[str], capfd: Any) -> None:
     elif program == "pip":
         _pip(argv)
     elif program == "pytest":
-        _script(argv[-1])
+        _pytest(argv)
+    elif program == "pre-commit":
+        assert argv == ["install"]  # tests/test_project_files.py reads its hooks
+    elif words == [".ci/run"]:
+        assert os.access(words[0], os.X_OK)
     elif program == "tensorboard":
         from tensorboard.program import TensorBoard
 
@@ -193,12 +238,18 @@ def _check(words: list[str], capfd: Any) -> None:
         raise AssertionError(f"a command of a kind that is not tested: {shlex.join(words)}")
 
 
-def test_the_page_has_commands_and_examples() -> None:
-    assert len(LISTED) >= 20
+def test_the_pages_have_commands_and_examples() -> None:
+    assert len(listed_commands(README)) >= 20
+    assert len(listed_commands(CONTRIBUTING)) >= 4
     assert len(EXAMPLES) >= 3
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_in_the_text_is_found_however_it_begins() -> None:
+    text = "see `exits\nruns/a`, `sweep`, `.venv/bin/python -m pytest`, `eval --tasks x`\n```\nfit \\\n --a  # b\n```\n"
+    assert commands_of(text) == ["fit   --a", "exits runs/a", ".venv/bin/python -m pytest", "eval --tasks x"]
+
+
+@pytest.mark.parametrize("command", commands_of(README))
 def test_command(
     command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -209,9 +260,38 @@ def test_command(
     _check(shlex.split(rest), capfd)
 
 
-@pytest.mark.parametrize("line", ["rm -rf /", "python -m looplm tarin", "make nothing", "pip install 'none[x]'"])
+@pytest.mark.parametrize("command", commands_of(CONTRIBUTING))
+def test_command_of_contributing(command: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    _check(shlex.split(command.replace("NAME", "pre_norm_layer_norm")), capfd)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_option(option: str, folder: Path) -> None:
+    _lightning(["fit", "--config", "conf/stars.yaml", *shlex.split(option), "--print_config"])
+
+
+def test_dynamics_come_with_the_callback(folder: Path) -> None:
+    (option,) = [option for option in OPTIONS if "callbacks" in option]
+    root = folder / "dynamics"
+    cheap = {"depths": "[1,2]", "num_products": 2, "num_samples": 2, "with_figures": "false"}
+    small = [
+        *SMALL,
+        "--trainer.max_steps=1",
+        *(f"--trainer.callbacks.{name}={value}" for name, value in cheap.items()),
+    ]
+    assert main(["fit", "--config", "conf/stars.yaml", option, *small, f"--trainer.default_root_dir={root}"]) == 0
+    assert (root / "val_dynamics.csv").is_file()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("rm -rf /", "python -m looplm tarin", "make nothing", "pip install 'none[x]'", ". venv/bin/activate"),
+        *("exits runs/study/none_seed0", "sweep conf/study --only pre_norm_layer_norm_seed0"),
+    ],
+)
 def test_a_command_that_nobody_could_run_is_found(line: str, folder: Path, capfd: Any) -> None:
-    with pytest.raises((AssertionError, subprocess.CalledProcessError, OSError)):
+    with pytest.raises((AssertionError, subprocess.CalledProcessError, OSError, InputError)):
         _check(shlex.split(line), capfd)
 
 

@@ -34,7 +34,7 @@ def _objective(values: dict[str, Any]) -> STARSObjective:
 
 
 @pytest.mark.slow
-def test_a_step_costs_at_most_that_of_the_papers_recipe_at_the_same_depths() -> None:
+def test_a_step_costs_at_most_that_of_the_papers_recipe_at_the_same_depths(capsys: pytest.CaptureFixture[str]) -> None:
     ours, stars, papers = _read("stars_plus.yaml"), _read("stars.yaml"), _read("paper/addition_stars.yaml")
     data = ArithmeticDataModule(min_digits=3, max_digits=3, batch_size=128)
     last_stage = ours["objective"]["depth_sampler"]["init_args"]["stages"][-1]["sampler"]
@@ -60,4 +60,6 @@ def test_a_step_costs_at_most_that_of_the_papers_recipe_at_the_same_depths() -> 
             times[name].append(time.perf_counter() - start)
     # The mean, not the median: what a run costs is the sum over its depths. The first steps warm up.
     ratio = statistics.mean(times["ours"][3:]) / statistics.mean(times["paper"][3:])
-    assert ratio <= 1.15, ratio
+    with capsys.disabled():  # the number of the README
+        print(f"\na step of stars_plus costs {ratio:.2f} × one of the paper's recipe at the same depths")
+    assert ratio <= 1.15
