@@ -262,7 +262,9 @@ def _part(source: Source, splits: Mapping[str, Any]) -> Any:
     from datasets import ReadInstruction, concatenate_datasets
 
     lengths = {name: len(rows) for name, rows in splits.items()}
-    parts = ReadInstruction.from_spec(source.split).to_absolute(lengths)
+    parts = [p for p in ReadInstruction.from_spec(source.split).to_absolute(lengths) if p.from_ < p.to]
+    if not parts:
+        raise InputError(f"{source.path}: split {source.split!r} has no rows.")
     return concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
 
 

@@ -80,6 +80,8 @@ def test_split_of_a_directory_and_part_of_a_file(tmp_path: Path) -> None:
     _lines(tmp_path / "rows.jsonl")
     assert len(load_rows(Source(path=str(tmp_path / "folder"), split="test"), tmp_path / "cache")) == 3
     assert len(load_rows(Source(path=str(tmp_path / "rows.jsonl"), split="train[:7]"), tmp_path / "cache")) == 7
+    with pytest.raises(InputError, match=r"split 'train\[500:\]' has no rows"):
+        load_rows(Source(path=str(tmp_path / "rows.jsonl"), split="train[500:]"), tmp_path / "cache")
 
 
 BROKEN: dict[str, tuple[str, bytes, str]] = {
