@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from looplm.commands.arguments import Parser
+from looplm.commands.next_step import command_line, run_config
 from looplm.durable import save_whole
 from looplm.errors import InputError
 from looplm.sharded_checkpoints import read_sharded
@@ -34,7 +35,7 @@ def run(argv: Sequence[str]) -> int:
         raise InputError(f"the output must be a new file, got {str(args.output)!r}.")
     content = read_sharded(args.checkpoint)
     save_whole(content, args.output)
-    sys.stdout.write(
-        f"written: {args.output}\nnext:    python -m looplm test --config CONFIG --ckpt_path {args.output}\n"
-    )
+    config = run_config(args.checkpoint) or "CONFIG"
+    line = command_line("test", "--config", config, "--ckpt_path", args.output)
+    sys.stdout.write(f"written: {args.output}\nnext:    {line}\n")
     return 0

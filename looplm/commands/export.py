@@ -10,6 +10,7 @@ import torch
 
 from looplm.checkpoints import load_checkpoint, save_pretrained
 from looplm.commands.arguments import Parser
+from looplm.commands.next_step import command_line, explore_model_line, run_config
 from looplm.pretrained_folder import read_origin
 
 __all__ = ["make_parser", "run"]
@@ -47,9 +48,11 @@ def run(argv: Sequence[str]) -> int:
     if args.dtype is not None:
         model.to(getattr(torch, args.dtype))
     save_pretrained(model, args.output, origin=origin, num_loops=args.num_loops)
-    sys.stdout.write(
-        f"written: {args.output}\n"
-        "next:    python -m looplm eval --model looplm "
-        f"--model_args pretrained={args.output},num_loops=8 --tasks gsm8k\n"
-    )
+    if (args.output / "tokenizer.json").is_file():
+        model_args = f"pretrained={args.output},num_loops={args.num_loops or 8}"
+        evaluate = command_line("eval", "--model", "looplm", "--model_args", model_args, "--tasks", "gsm8k")
+        line = f"next:    {evaluate}"
+    else:  # the harness has no texts for it
+        line = explore_model_line(args.output, has_tokenizer=False, config=run_config(args.checkpoint))
+    sys.stdout.write(f"written: {args.output}\n{line}\n")
     return 0

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from looplm.callbacks.output import replace_file
 from looplm.commands.arguments import Parser
+from looplm.commands.next_step import command_line
 from looplm.corpora.word_problems import MAX_STEPS, SPLITS, WordProblem, word_problems
 from looplm.errors import InputError
 
@@ -71,8 +72,7 @@ def run(argv: Sequence[str]) -> int:
         raise
     except ValueError as error:
         raise InputError(str(error)) from None
-    sys.stdout.write(
-        f"written: {args.num_rows} problems to {args.output}\n"
-        f"next:    python -m looplm fit --config conf/math.yaml --data.init_args.train='[{{path: {args.output}}}]'\n"
-    )
+    train = json.dumps([{"path": str(args.output)}])
+    line = command_line("fit", "--config", "conf/math.yaml", f"--data.init_args.train={train}")
+    sys.stdout.write(f"written: {args.num_rows} problems to {args.output}\nnext:    {line}\n")
     return 0

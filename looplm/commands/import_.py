@@ -8,6 +8,7 @@ from pathlib import Path
 
 from looplm.checkpoints import from_pretrained, save_checkpoint
 from looplm.commands.arguments import Parser
+from looplm.commands.next_step import explore_model_line
 
 __all__ = ["make_parser", "run"]
 
@@ -29,6 +30,9 @@ def make_parser() -> Parser:
 def run(argv: Sequence[str]) -> int:
     """Run the command; for its options see ``--help``."""
     args = make_parser().parse_args(argv)
-    save_checkpoint(from_pretrained(args.source), args.output)
-    sys.stdout.write(f"written: {args.output}\nnext:    python -m looplm explore {args.output}\n")
+    model = from_pretrained(args.source)
+    save_checkpoint(model, args.output)
+    has_tokenizer = model.origin is not None and "tokenizer.json" in model.origin.files
+    line = explore_model_line(args.output, has_tokenizer=has_tokenizer)
+    sys.stdout.write(f"written: {args.output}\n{line}\n")
     return 0

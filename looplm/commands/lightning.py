@@ -264,14 +264,17 @@ class LoopLMCLI(LightningCLI):
         """Say where everything is and what to do next."""
         root = self._run_config.trainer.default_root_dir
         rank_zero_info(
-            f"run directory: {root} (config.yaml, checkpoints/, val_curve.csv, val_curve.png)\n"
+            f"run directory: {root} (config.yaml, checkpoints/, {_curve_files('val')})\n"
             f"next: {command_line('test', '--config', Path(root) / 'config.yaml')}"
         )
 
     def after_validate(self) -> None:
-        """Say where the curve is."""
+        """Say where the curve is and how to look into an answer."""
         root = self._run_config.trainer.default_root_dir
-        rank_zero_info(f"curve: {root}/val_curve.csv, {root}/val_curve.png")
+        rank_zero_info(
+            f"curve: {root} ({_curve_files('val')})\n"
+            f"next: {command_line('explore', _model_of(root, self._run_config.ckpt_path))}"
+        )
 
     def after_predict(self) -> None:
         """Say, beside the answers and not among them, how to look into one."""
@@ -287,10 +290,14 @@ class LoopLMCLI(LightningCLI):
             values = ", ".join(f"{name} {value:.4g}" for name, value in summary.items())
             rank_zero_info(f"exact match on {split}: {values}")
         rank_zero_info(
-            f"curve: {root}/test_curve.csv, {root}/test_curve.png\n"
+            f"curve: {root} ({_curve_files('test')})\n"
             f"next: {command_line('compare', root, 'RUN')} (the directories of other runs), or\n"
             f"      {command_line('explore', _model_of(root, self._run_config.ckpt_path))}"
         )
+
+
+def _curve_files(stage: str) -> str:
+    return ", ".join(f"{stage}_{name}" for name in ("curve.csv", "curve.png", "settling.png", "summary.json"))
 
 
 def _model_of(root: str | Path, ckpt_path: str | None) -> str:

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["command_line", "explore_line"]
+__all__ = ["command_line", "explore_line", "explore_model_line", "run_config"]
 
 
 def command_line(*arguments: object) -> str:
@@ -17,6 +17,30 @@ def command_line(*arguments: object) -> str:
         "python -m looplm test --config 'my runs/config.yaml'"
     """
     return shlex.join(["python", "-m", "looplm", *map(str, arguments)])
+
+
+def run_config(checkpoint: Path) -> Path | None:
+    """Return the ``config.yaml`` of the run that a checkpoint is of; None where it is of none.
+
+    Example:
+        >>> run_config(Path("no/such/run/checkpoints/last.ckpt")) is None
+        True
+    """
+    folder = (checkpoint if len(checkpoint.parts) > 2 else checkpoint.resolve()).parent.parent
+    return folder / "config.yaml" if (folder / "config.yaml").is_file() else None
+
+
+def explore_model_line(model: Path, *, has_tokenizer: bool, config: Path | None = None) -> str:
+    """Return the line that opens a model: without a tokenizer only its run's config says how problems are written.
+
+    Example:
+        >>> explore_model_line(Path("sums.ckpt"), has_tokenizer=False)
+        'next:    python -m looplm explore sums.ckpt --config CONFIG (the config.yaml of the run that trained it)'
+    """
+    if has_tokenizer:
+        return f"next:    {command_line('explore', model)}"
+    line = f"next:    {command_line('explore', model, '--config', config or 'CONFIG')}"
+    return line if config else f"{line} (the config.yaml of the run that trained it)"
 
 
 def explore_line(directories: Iterable[Path]) -> str:
