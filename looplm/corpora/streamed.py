@@ -34,6 +34,9 @@ _PACKED_WINDOW = 64  # rows that are packed together
 class StreamedOrder:
     """Batches of examples, read from the beginning.
 
+    What became of a source's rows is told when 256 of its first epoch are read, each time as many again are, and at the
+    epoch's end: a run may never come there.
+
     Args:
         sources: The sources.
         encoder: Encodes rows.
@@ -114,16 +117,17 @@ class StreamedOrder:
     def _endless(self, number: int) -> Iterator[Example]:
         source, epoch = self.sources[number], 0
         while True:
-            counts: Counter[str] = Counter()
-            yield from self._once(source, number, epoch, counts)
+            tally = _Tally(source)
+            yield from self._once(source, number, epoch, tally)
             if epoch == 0:
-                rank_zero_info(report(source.label, counts))
-            if not counts["kept"] + counts["cut"]:
-                raise InputError(f"no row can be used: {report(source.label, counts)}.")
+                tally.tell()
+            if not tally.num_used:
+                raise InputError(f"no row can be used: {report(source.label, tally.counts)}.")
             epoch += 1
 
-    def _once(self, source: Source, number: int, epoch: int, counts: Counter[str]) -> Iterator[Example]:
-        rows: Any = load_rows(source, self.cache_dir / "sources", streaming=True)
+    def _once(self, source: Source, number: int, epoch: int, tally: _Tally) -> Iterator[Example]:
+        skip = self.policy.bad_rows == "skip"
+        rows: Any = load_rows(source, self.cache_dir / "sources", skip_malformed=skip, streaming=True)
         if self.shuffle_buffer:
             seed = fold(self.seed, "stream", number, epoch) % 2**32
             rows = rows.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
@@ -141,7 +145,32 @@ class StreamedOrder:
                 verdict = self.policy.verdict(fault, length, num_prompt)
                 if verdict in ("kept", "cut") and question_key(checked.question[row]) in self.held_out:
                     verdict = "held out"
-                counts[verdict] += 1
+                tally.add(verdict, bool(encoded.joined[row]), bool(encoded.unknown[row]))
+                if epoch == 0 and tally.is_due:
+                    tally.tell()
                 if verdict in ("kept", "cut"):
                     yield Example(ids[: self.policy.max_tokens], num_prompt)
             first += len(encoded.ids)
+
+
+class _Tally:
+    """What became of the rows of a source so far."""
+
+    def __init__(self, source: Source) -> None:
+        self.label, self.counts = source.label, Counter[str]()
+        self.num_read = self.num_used = self.num_joined = self.num_unknown = 0
+
+    def add(self, verdict: str, is_joined: bool, has_unknown: bool) -> None:
+        self.counts[verdict] += 1
+        self.num_read += 1
+        if verdict in ("kept", "cut"):
+            self.num_used += 1
+            self.num_joined += is_joined
+            self.num_unknown += has_unknown
+
+    @property
+    def is_due(self) -> bool:
+        return self.num_read >= _READ and self.num_read & (self.num_read - 1) == 0
+
+    def tell(self) -> None:
+        rank_zero_info(report(self.label, self.counts, num_joined=self.num_joined, num_unknown=self.num_unknown))
