@@ -49,7 +49,9 @@ def test_a_run_is_measured_and_drawn(write_config, tmp_path, capsys):
     assert main(["fit", "--config", str(write_config(trainer__default_root_dir=str(root)))]) == 0
     capsys.readouterr()
     assert main(["exits", str(root), "--num_loops", "4", "--output", str(tmp_path / "out")]) == 0
-    assert "saved" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "saved" in out
+    assert out.endswith(f"next:    python -m looplm explore {root}\n")
     with (tmp_path / "out" / "exits.csv").open() as file:
         rows = list(csv.DictReader(file))
     fixed = [r for r in rows if r["rule"] == "fixed" and r["cache"] == "per_loop"]
