@@ -17,6 +17,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 stars: $(VENV)/.installed
 	$(BIN)/python -m looplm sweep conf/stars_plus.yaml conf/fixed_depth.yaml --root runs/make_stars
+	@echo "         after: . $(BIN)/activate"
 
 # Three processes on two cores: many tests wait for another process.
 test: $(VENV)/.installed

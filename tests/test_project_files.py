@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,14 @@ def test_issue_form_is_one(path: Path) -> None:
     for field in form["body"]:
         assert field["type"] in ("checkboxes", "dropdown", "input", "markdown", "textarea")
         assert field["attributes"]["label"]
+
+
+def test_make_stars_trains_beside_the_runs_of_the_configs_and_says_how_to_go_on() -> None:
+    done = subprocess.run(["make", "--dry-run", "stars"], cwd=ROOT, check=True, capture_output=True, text=True)
+    roots = {_read(f"conf/{name}.yaml")["trainer"]["default_root_dir"] for name in ("stars_plus", "fixed_depth")}
+    (root,) = re.findall(r" --root (\S+)", done.stdout)
+    assert not {f"{root}/stars_plus", f"{root}/fixed_depth"} & roots
+    assert done.stdout.endswith('after: . .venv/bin/activate"\n')
 
 
 def test_a_report_of_a_bug_is_asked_for_what_doctor_prints() -> None:

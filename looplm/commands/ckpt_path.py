@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from looplm.commands.messages import nearest_path
 from looplm.errors import InputError
 from looplm.sharded_checkpoints import check_sharded, is_sharded
 
@@ -53,7 +54,8 @@ def check_checkpoint(path: Path, *, resumes: bool, may_be_sharded: bool) -> None
 
 def _read_keys(path: Path) -> Iterable[str]:
     if not path.is_file():
-        raise InputError(f"`ckpt_path` must be a checkpoint file, got {str(path)!r}, which does not exist.")
+        hint = nearest_path(path) or "."
+        raise InputError(f"`ckpt_path` must be a checkpoint file, got {str(path)!r}, which does not exist{hint}")
     try:
         # torch.load does not look at the checksums: without this, flipped bytes become weights.
         damaged = zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None

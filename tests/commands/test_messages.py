@@ -123,6 +123,10 @@ def test_evaluation_before_fit_is_told_to_fit_first(
     error = capfd.readouterr().err.splitlines()[-1]
     # The user has named no checkpoint.
     assert f"error: '{root}/checkpoints/last.ckpt' does not exist: run `fit` with the same config first" in error
+    (tmp_path / "stars.ckpt").touch()
+    assert main([command, "--config", str(write_config()), f"--ckpt_path={tmp_path}/strs.ckpt"]) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert f"got '{tmp_path}/strs.ckpt', which does not exist; did you mean {tmp_path}/stars.ckpt?" in error
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "eval"])
