@@ -96,7 +96,7 @@ def test_an_evaluation_overlay_puts_its_corpus_in_the_place_of_the_tests(path: P
     assert main(["test", *argv]) == 0
     graded = (tmp_path / "run" / "test_graded.csv").read_text().splitlines()[1:]
     assert {line.split(",")[0] for line in graded} == {path.stem}
-    answers = (tmp_path / "run" / "test_answers.jsonl").read_text().splitlines()[1:]
+    answers = (tmp_path / "run" / "test_answers.jsonl").read_text().split("\n")[1:-1]
     assert {json.loads(line)["final"] for line in answers} == {"0", "1", "2"}
 
 
