@@ -34,13 +34,13 @@ class GradedAnswers(L.Callback):
     of the batch and S samples of each, and ``answer_rows`` int64 ``(R,)``, which problems those are; where the model's
     positions bound an answer, also ``answer_room`` int64 ``(R,)``, the longest that can follow each problem. What
     decides the answers beside the weights may stand in the module's ``answer_settings``, as plain data. The batch holds
-    ``index``
-    ``(B,)``, ``final`` and ``answer`` (B texts each: the true final answer or, where that is empty, a solution that
-    ends in it), ``source`` (its name) and ``end_id``. Before each batch the callback adds ``wanted``, bool ``(B,)``:
-    the problems that have no answers yet.
+    ``index`` ``(B,)``, ``final`` and ``answer`` (B texts each: the true final answer or, where that is empty, a
+    solution that ends in it), ``source`` (its name) and ``end_id``. Before each batch the callback adds ``wanted``,
+    bool ``(B,)``: the problems that have no answers yet.
 
-    It writes every answer into ``test_answers.jsonl`` in the log directory as it comes. A test that was killed goes on
-    there, if checkpoint, settings and problems are the same; which those are may stand in a dataset's ``fingerprint``.
+    It writes every answer into ``test_answers.jsonl`` in the log directory as it comes, with ``is_cut`` where it used
+    up its room, and says at the end how many did. A test that was killed goes on there, if checkpoint, settings and
+    problems are the same; which those are may stand in a dataset's ``fingerprint``.
     At the end it writes ``test_graded.csv`` and ``test_graded.png`` and logs ``test/accuracy/SOURCE/depth_00008``; the
     columns are those of :func:`~looplm.callbacks.graded_summary.graded_summary`.
 
