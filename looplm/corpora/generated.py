@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from looplm.corpora.operation_graphs import OperationGraph
-from looplm.corpora.word_problem_draft import draw_draft
+from looplm.corpora.word_problem_draft import DISTRACTORS, draw_draft
 from looplm.corpora.word_problem_scenes import Scene
 from looplm.corpora.word_problems import WordProblem, word_problems
 from looplm.errors import InputError
@@ -23,7 +23,14 @@ from looplm.errors import InputError
 __all__ = ["generated_file", "is_generated"]
 
 _NAME = "word_problems"
-_DEFAULTS: dict[str, Any] = {"split": "train", "num_rows": 20_000, "seed": 0, "min_steps": 1, "max_steps": 6}
+_DEFAULTS: dict[str, Any] = {
+    "split": "train",
+    "num_rows": 20_000,
+    "seed": 0,
+    "min_steps": 1,
+    "max_steps": 6,
+    "distractors": DISTRACTORS,
+}
 
 
 def is_generated(path: str) -> bool:
@@ -41,7 +48,8 @@ def generated_file(path: str) -> Path:
 
     Args:
         path: ``word_problems?…`` with any of ``split`` (``train``, ``val``, ``test``: disjoint by construction),
-            ``num_rows``, ``seed``, ``min_steps``, ``max_steps``.
+            ``num_rows``, ``seed``, ``min_steps``, ``max_steps``, ``distractors`` (a chance; see
+            :func:`~looplm.corpora.word_problems.word_problems`).
 
     Raises:
         InputError: If an option is unknown or out of its range.
@@ -68,9 +76,9 @@ def _options(path: str) -> dict[str, Any]:
     if unknown:
         raise InputError(f"{path}: the options are {sorted(_DEFAULTS)}, got {unknown[0]!r}.")
     try:
-        return {name: value if name == "split" else int(value) for name, value in pairs}
+        return {name: type(_DEFAULTS[name])(value) for name, value in pairs}
     except ValueError:
-        raise InputError(f"{path}: all options but `split` are integers.") from None
+        raise InputError(f"{path}: `distractors` is a number, all other options but `split` are integers.") from None
 
 
 def _write(target: Path, options: dict[str, Any], path: str) -> None:
@@ -81,6 +89,7 @@ def _write(target: Path, options: dict[str, Any], path: str) -> None:
             options["num_rows"],
             min_steps=options["min_steps"],
             max_steps=options["max_steps"],
+            distractors=options["distractors"],
         )
         lines = "".join(json.dumps(problem.row()) + "\n" for problem in problems)
     except ValueError as error:

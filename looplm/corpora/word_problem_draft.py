@@ -22,9 +22,11 @@ from looplm.corpora.word_problem_scenes import (
     Tail,
 )
 
-__all__ = ["Draft", "Draws", "NoDraft", "draw_draft"]
+__all__ = ["DISTRACTORS", "Draft", "Draws", "NoDraft", "draw_draft"]
 
 T = TypeVar("T")
+DISTRACTORS = 0.25
+"""Chance of each of the two sentences at most that the answer does not need."""
 _LARGEST = {None: 200, "decimal": 40, "fraction": 12}  # of a result, by how the scene writes parts of one
 _LARGEST_DRAWN = {"decimal": 12, "fraction": 4}
 _DENOMINATORS = {None: (1,), "decimal": (1, 2, 4), "fraction": (1, 2, 3, 4, 6)}
@@ -113,8 +115,13 @@ class Draft:
     final: str
 
 
-def draw_draft(draws: Draws, num_steps: int) -> Draft:
+def draw_draft(draws: Draws, num_steps: int, distractors: float = DISTRACTORS) -> Draft:
     """Draw a problem of so many steps, each of which the answer needs.
+
+    Args:
+        draws: What decides.
+        num_steps: How many steps.
+        distractors: Chance of each of the two sentences at most that the answer does not need.
 
     Raises:
         NoDraft: If numbers or names did not fit.
@@ -123,7 +130,7 @@ def draw_draft(draws: Draws, num_steps: int) -> Draft:
         >>> draw_draft(Draws(0), num_steps=1).final.strip() != ""
         True
     """
-    return _Drafting(draws).draw(num_steps)
+    return _Drafting(draws).draw(num_steps, distractors)
 
 
 class _Drafting:
@@ -271,7 +278,7 @@ class _Drafting:
 
     # The problem
 
-    def draw(self, num_steps: int) -> Draft:
+    def draw(self, num_steps: int, distractors: float) -> Draft:
         draws = self.draws
         most_tails = min(num_steps, 2) if self.scene.can_change else min(num_steps, 1)
         num_tails = next((t for t in range(most_tails, 0, -1) if draws.happens((0, 0.4, 0.2)[t])), 0)
@@ -295,7 +302,7 @@ class _Drafting:
             question = self.scene.question(holder.name, wording=draws.between(0, 2))
             tails, question = self.tails(num_tails, holder.node, self.scene.those(holder.name), question)
         graph = OperationGraph(dict(self.leaves), dict(self.steps))
-        self.distract()
+        self.distract(distractors)
         statements = draws.shuffled(self.statements) if draws.happens(0.25) else self.statements
         text = " ".join([*statements, *tails, question])
         return Draft(text, tuple(self.lines), graph, self.scene.number(graph.answer))
@@ -356,11 +363,11 @@ class _Drafting:
         verb = single if scene.is_mass and not is_plural else plural
         return text.format(are=verb, were=plural, was=single, things=scene.things[1], **words)
 
-    def distract(self) -> None:
+    def distract(self, chance: float) -> None:
         """Add sentences that the answer does not need, at the end or between the others."""
         draws, scene = self.draws, self.scene
         for may_be_fact in (True, False):  # two facts might contradict each other
-            if not draws.happens(0.25) or not (self.names or may_be_fact):
+            if not draws.happens(chance) or not (self.names or may_be_fact):
                 continue
             if self.names and (not may_be_fact or draws.happens(0.5)):
                 name = self.names.pop()

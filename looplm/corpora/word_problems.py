@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from looplm.corpora.operation_graphs import OperationGraph
 from looplm.corpora.problems import Split
-from looplm.corpora.word_problem_draft import Draws, NoDraft, draw_draft
+from looplm.corpora.word_problem_draft import DISTRACTORS, Draws, NoDraft, draw_draft
 from looplm.errors import InputError
 from looplm.randomness import fold
 
@@ -68,17 +68,25 @@ def split_of_graph(graph: OperationGraph) -> Split:
     return "test" if bucket == 0 else "val" if bucket == 1 else "train"
 
 
-def _check(split: str, min_steps: int, max_steps: int) -> None:
+def _check(split: str, min_steps: int, max_steps: int, distractors: float) -> None:
     if split not in SPLITS:
         raise ValueError(f"`split` must be one of {', '.join(SPLITS)}, got {split!r}.")
     if not 1 <= min_steps <= max_steps <= MAX_STEPS:
         raise ValueError(
             f"`min_steps` and `max_steps` must be 1 <= min <= max <= {MAX_STEPS}, got {min_steps} and {max_steps}."
         )
+    if not 0 <= distractors <= 1:
+        raise ValueError(f"`distractors` must be 0 <= chance <= 1, got {distractors}.")
 
 
 def draw_word_problem(
-    seed: int, split: Split, index: int, *, min_steps: int = 1, max_steps: int = MAX_STEPS
+    seed: int,
+    split: Split,
+    index: int,
+    *,
+    min_steps: int = 1,
+    max_steps: int = MAX_STEPS,
+    distractors: float = DISTRACTORS,
 ) -> WordProblem:
     """Draw problem i of a split.
 
@@ -88,6 +96,7 @@ def draw_word_problem(
         index: i; consecutive ones have every number of steps equally often.
         min_steps: Fewest steps.
         max_steps: Most steps.
+        distractors: Chance of each of the two sentences at most that the answer does not need.
 
     Returns:
         The problem; the same for the same arguments, on every machine.
@@ -103,11 +112,12 @@ def draw_word_problem(
         That is 48 + 9 = 57 stamps.
         #### 57
     """
-    _check(split, min_steps, max_steps)
+    _check(split, min_steps, max_steps, distractors)
     num_steps = min_steps + index % (max_steps - min_steps + 1)
     for attempt in range(_MOST_ATTEMPTS):
         try:
-            draft = draw_draft(Draws(fold(seed, f"word problem/{split}", num_steps, index, attempt)), num_steps)
+            draws = Draws(fold(seed, f"word problem/{split}", num_steps, index, attempt))
+            draft = draw_draft(draws, num_steps, distractors)
         except NoDraft:
             continue
         if split_of_graph(draft.graph) == split:
@@ -117,7 +127,13 @@ def draw_word_problem(
 
 
 def word_problems(
-    seed: int, split: Split, num_problems: int, *, min_steps: int = 1, max_steps: int = MAX_STEPS
+    seed: int,
+    split: Split,
+    num_problems: int,
+    *,
+    min_steps: int = 1,
+    max_steps: int = MAX_STEPS,
+    distractors: float = DISTRACTORS,
 ) -> Iterator[WordProblem]:
     """Yield different problems, every number of steps equally often (up to one); a shorter set begins a longer one.
 
@@ -127,6 +143,7 @@ def word_problems(
         num_problems: How many.
         min_steps: Fewest steps.
         max_steps: Most steps.
+        distractors: Chance of each of the two sentences at most that the answer does not need.
 
     Yields:
         Problems whose questions all differ, in the order of the stream.
@@ -139,7 +156,7 @@ def word_problems(
         >>> [problem.steps for problem in word_problems(0, "train", 4, max_steps=2)]
         [1, 2, 1, 2]
     """
-    _check(split, min_steps, max_steps)
+    _check(split, min_steps, max_steps, distractors)
     if num_problems < 0:
         raise ValueError(f"`num_problems` must be >= 0, got {num_problems}.")
     span = max_steps - min_steps + 1
@@ -149,7 +166,9 @@ def word_problems(
         for _ in range(_MOST_REPEATS):
             index = next_index[row % span]
             next_index[row % span] += span
-            problem = draw_word_problem(seed, split, index, min_steps=min_steps, max_steps=max_steps)
+            problem = draw_word_problem(
+                seed, split, index, min_steps=min_steps, max_steps=max_steps, distractors=distractors
+            )
             if problem.question not in seen:
                 break
         else:

@@ -174,3 +174,13 @@ def test_more_problems_than_there_are_is_an_error_of_the_users() -> None:
     assert issubclass(InputError, ValueError)
     with pytest.raises(ValueError, match="`num_problems` must be >= 0, got -1"):
         list(word_problems(0, "train", -1))
+
+
+def test_distractors_add_sentences_and_leave_the_default_problems_as_they_are() -> None:
+    def sentences(**options: float) -> int:
+        return sum(problem.question.count(".") for problem in word_problems(0, "train", 100, max_steps=1, **options))
+
+    assert sentences(distractors=0) < sentences() < sentences(distractors=1)
+    assert [*word_problems(0, "val", 5)] == [*word_problems(0, "val", 5, distractors=0.25)]
+    with pytest.raises(ValueError, match=r"`distractors` must be 0 <= chance <= 1, got 1\.5"):
+        next(word_problems(0, "train", 1, distractors=1.5))
