@@ -103,11 +103,14 @@ def test_an_evaluation_overlay_puts_its_corpus_in_the_place_of_the_tests(path: P
 def test_predict_answers_questions_a_line_in_json(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     argv = _argv(CONF / "math.yaml", tmp_path)
     assert main(["fit", *argv]) == 0
-    (tmp_path / "questions").write_text("Ann has 2 pens.\\nHow many?\n\n 1 and “1”? \n", encoding="utf-8")
+    (tmp_path / "questions").write_text("Ann has 2 pens.\\nHow many?\n\n 1 and\u2028“1”? \n", encoding="utf-8")
     capfd.readouterr()
-    assert main(["predict", *argv, f"--data.init_args.predict_file={tmp_path / 'questions'}"]) == 0
-    rows = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
-    assert [row["question"] for row in rows] == ["Ann has 2 pens.\nHow many?", "1 and “1”?"]
+    # One token, and no model that has hardly been trained ends with it.
+    argv.append("--model.max_new_tokens=1")
+    with pytest.warns(UserWarning, match="2 of 2 answers have no end: they were cut after `max_new_tokens`"):
+        assert main(["predict", *argv, f"--data.init_args.predict_file={tmp_path / 'questions'}"]) == 0
+    rows = [json.loads(line) for line in capfd.readouterr().out.removesuffix("\n").split("\n")]
+    assert [row["question"] for row in rows] == ["Ann has 2 pens.\nHow many?", "1 and\u2028“1”?"]
     assert all(isinstance(row["answer"], str) for row in rows)
     (tmp_path / "questions").write_text("short?\n" + "long " * 200, encoding="utf-8")
     assert main(["predict", *argv, f"--data.init_args.predict_file={tmp_path / 'questions'}"]) == 2

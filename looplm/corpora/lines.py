@@ -32,7 +32,7 @@ def input_lines(path: str) -> list[str]:
     Example:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "problems"
-        >>> _ = path.write_text("1+2\n3+4")
+        >>> _ = path.write_text("1+2\n3+4\n")
         >>> input_lines(str(path))
         ['1+2', '3+4']
     """
@@ -40,4 +40,5 @@ def input_lines(path: str) -> list[str]:
         text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{input_name(path)} cannot be read: {error}.") from error
-    return text.splitlines()
+    # Not `splitlines`, which also splits at line separators inside a text.
+    return text.removesuffix("\n").split("\n") if text else []

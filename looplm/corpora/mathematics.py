@@ -327,10 +327,17 @@ class MathDataModule(L.LightningDataModule):
     def predicted_lines(self, continuations: Iterable[Tensor]) -> list[str]:
         """Return what ``predict`` prints: a JSON object a question with ``question`` and ``answer``.
 
+        Warns of answers that were cut before their end.
+
         Args:
             continuations: Generated ids of each batch, ``(B, N)``.
         """
         rows = [row for batch in continuations for row in batch.tolist()]
+        if num_cut := sum(self.end_id not in row for row in rows):
+            rank_zero_warn(
+                f"{num_cut} of {len(rows)} answers have no end: they were cut after `max_new_tokens`, or where the "
+                "model's positions (`max_positions`) end."
+            )
         answers = [self.tokenizer.decode(list(takewhile(lambda token: token != self.end_id, row))) for row in rows]
         return [answered_line(*pair) for pair in zip(self.predict_questions, answers, strict=True)]
 
