@@ -1,7 +1,7 @@
 """Muon for the matrices of the blocks and AdamW for the rest, as one optimiser.
 
 Both update rules are PyTorch's; here they share a learning rate, a schedule and a checkpoint, and Muon does without
-bfloat16 on a CPU.
+bfloat16 on a CPU and takes matrices apart that are several.
 """
 
 from __future__ import annotations
@@ -16,41 +16,50 @@ from torch.optim import AdamW, Muon, Optimizer
 
 __all__ = ["MuonAdamW"]
 
+_FUSED = ("qkv", "qkv_proj", "Wqkv")
 _TABLES = ("token_embedding", "position_embedding", "embed_tokens", "wte", "wpe", "head", "lm_head")
 
 
 class _Muon(Muon):
-    """PyTorch's Muon; on a CPU its update is computed in float32 or wider.
+    """PyTorch's Muon, but for the precision on a CPU, and for matrices that hold several.
 
-    PyTorch's own is computed in bfloat16, whose products cost some thirty times float32's on a CPU that has none in
-    hardware: more than the rest of a small model's step.
+    PyTorch's update is computed in bfloat16, whose products cost some thirty times float32's on a CPU that has none in
+    hardware: more than the rest of a small model's step. On a CPU this one is computed in float32 or wider.
     """
+
+    fused: tuple[str, ...] = ()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        if any(param.device.type != "cpu" for group in self.param_groups for param in group["params"]):
-            return super().step(closure)  # type: ignore[no-untyped-call]
         for group in self.param_groups:
-            for param in group["params"]:
+            for name, param in zip(group["param_names"], group["params"], strict=True):
                 if param.grad is not None:
-                    self._update(param, param.grad, group)
+                    self._update(name, param, param.grad, group)
         return None
 
-    def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, name: str, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[param]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(grad)
         momentum = state["momentum_buffer"].lerp_(grad, 1 - group["momentum"])
-        update = _orthogonalize(grad.lerp(momentum, group["momentum"]), group["ns_coefficients"], group["ns_steps"])
+        update = grad.lerp(momentum, group["momentum"])
+        # Orthogonal as one, the queries' rows would share the singular values with those of keys and values.
+        pieces = update.split(update.shape[1]) if set(name.split(".")) & set(self.fused) else (update,)
         param.mul_(1 - group["lr"] * group["weight_decay"])
-        # Root mean square 0.2, as is usual of AdamW's update.
-        param.add_(update, alpha=-0.2 * math.sqrt(max(param.shape)) * group["lr"])
+        param.add_(torch.cat([_direction(piece, group) for piece in pieces]), alpha=-group["lr"])
+
+
+def _direction(matrix: Tensor, group: dict[str, Any]) -> Tensor:
+    """Return ``matrix`` orthogonalised, with root mean square 0.2, as is usual of AdamW's update."""
+    orthogonal = _orthogonalize(matrix, group["ns_coefficients"], group["ns_steps"])
+    return orthogonal * (0.2 * math.sqrt(max(matrix.shape)))
 
 
 def _orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], num_steps: int) -> Tensor:
     """Return U p(S) Vᵀ of a matrix U S Vᵀ, ``p`` a quintic, iterated, that brings singular values near 1."""
     is_tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.mT if is_tall else matrix).to(torch.promote_types(matrix.dtype, torch.float32))
+    precise = torch.promote_types(matrix.dtype, torch.float32)
+    x = (matrix.mT if is_tall else matrix).to(precise if matrix.device.type == "cpu" else torch.bfloat16)
     x = x / x.norm().clamp(min=1e-7)
     a, b, c = coefficients
     for _ in range(num_steps):
@@ -72,6 +81,8 @@ class MuonAdamW(Optimizer):
         weight_decay: Decoupled, of both.
         momentum: Muon's, with Nesterov's correction.
         betas: AdamW's.
+        fused: Parts of names of matrices that hold several, one below the other: Muon takes them in square pieces.
+            `conf/math.yaml` learns faster so than with queries, keys and values as one matrix.
         tables: Parts of names that are no matrix of a block: they get AdamW.
 
     Raises:
@@ -91,6 +102,7 @@ class MuonAdamW(Optimizer):
         weight_decay: float = 0.01,
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.95),
+        fused: tuple[str, ...] = _FUSED,
         tables: tuple[str, ...] = _TABLES,
     ) -> None:
         named = list(params)
@@ -107,6 +119,7 @@ class MuonAdamW(Optimizer):
         self._muon = _Muon(
             matrices, lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw"
         )
+        self._muon.fused = fused
         self._adamw = AdamW(others, lr=lr, weight_decay=weight_decay, betas=betas, fused=True) if others else None
         groups = [*self._muon.param_groups, *(self._adamw.param_groups if self._adamw else [])]
         super().__init__(groups, {})

@@ -59,6 +59,26 @@ def test_muon_changes_singular_values_by_its_quintic_and_nothing_else(shape: tup
     torch.testing.assert_close(layer.weight.detach(), expected, rtol=0, atol=1e-12)
 
 
+def test_queries_keys_and_values_in_one_matrix_move_as_three_matrices() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, gradient = (torch.randn(18, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+
+    def moved(**parts: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """Return parameters after a step, each from some rows of the weight and their gradient."""
+        params = {name: nn.Parameter(weight[slice(*rows)].clone()) for name, rows in parts.items()}
+        for name, param in params.items():
+            param.grad = gradient[slice(*parts[name])].clone()
+        MuonAdamW(params.items(), lr=0.1).step()
+        return {name: param.detach() for name, param in params.items()}
+
+    fused = moved(qkv=(0, 18), up=(0, 18))
+    apart = torch.cat(list(moved(q=(0, 6), k=(6, 12), v=(12, 18)).values()))
+    torch.testing.assert_close(fused["qkv"], apart, rtol=0, atol=1e-12)
+    assert (fused["up"] - apart).abs().max() > 1e-3  # another tall matrix is one
+    grouped = torch.cat(list(moved(q=(0, 6), kv=(6, 9)).values()))  # fewer heads for keys and values
+    torch.testing.assert_close(moved(qkv=(0, 9))["qkv"], grouped, rtol=0, atol=1e-12)
+
+
 def test_a_schedule_reaches_both_rules() -> None:
     model = _net()
     optimizer = MuonAdamW(model.named_parameters(), lr=0.01, weight_decay=0.0)
