@@ -12,7 +12,7 @@ import torch
 import yaml
 
 import looplm
-from looplm import LoopedConfig
+from looplm import LogNormalDepth, LoopedConfig
 from looplm.checkpoints import save_pretrained
 from looplm.cli import main
 from looplm.model import LoopedTransformer
@@ -98,6 +98,14 @@ def test_an_evaluation_overlay_puts_its_corpus_in_the_place_of_the_tests(path: P
     assert {line.split(",")[0] for line in graded} == {path.stem}
     answers = (tmp_path / "run" / "test_answers.jsonl").read_text().split("\n")[1:-1]
     assert {json.loads(line)["final"] for line in answers} == {"0", "1", "2"}
+
+
+@pytest.mark.parametrize("name", ["math", "math_gpu"])
+def test_the_curve_goes_to_eight_times_the_mean_depth_of_training_and_the_baselines_too(name: str) -> None:
+    model, baseline = (_read(CONF / f"{file}.yaml")["model"] for file in (name, f"{name}_fixed_depth"))
+    last = model["objective"]["depth_sampler"]["init_args"]["stages"][-1]["sampler"]["init_args"]
+    assert 8 * LogNormalDepth(**last).mean <= model["test_depths"][-1]
+    assert baseline["test_depths"] == model["test_depths"]
 
 
 def test_predict_answers_questions_a_line_in_json(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
