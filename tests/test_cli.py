@@ -120,6 +120,7 @@ def test_options_override_the_config(trained: Path) -> None:
     assert '"num_samples": 7' in (trained / "test_summary.json").read_text()
 
 
+@pytest.mark.filterwarnings("ignore:.*different test problems were drawn")
 def test_further_test_sets_get_curves_of_their_own(trained: Path) -> None:
     argv = ["test", "--config", str(trained / "config.yaml"), "--data.test_digits=[1]", "--data.num_test=4"]
     assert main(argv) == 0

@@ -52,7 +52,7 @@ COLUMNS = (
     Column(key="exact_match_16x", title="exact match at 16× (%)", value=lambda group: group.at_multiple(16), scale=100),
     Column(key="exact_match_8x", title="at 8× (%)", value=lambda group: group.at_multiple(8), scale=100),
     Column(key="peak", title="peak (%)", value=lambda group: group.peak, scale=100),
-    Column(key="escapes", title="escapes (%)", value=lambda group: group.escapes, scale=100, form=".2g"),
+    Column(key="escapes", title="escapes (%)", value=lambda group: group.escapes, scale=100, form=".2f"),
     Column(
         key="spectral_radius",
         title="spectral radius ρ, deepest",

@@ -124,7 +124,8 @@ def test_answers_do_not_depend_on_the_batches(config: Path, tmp_path: Path) -> N
             assert len({row["num_tokens"] for row in cut if row["source"] == "near"}) == 3
             assert any(f"{len(cut)} of {len(first)} answers were cut" in str(warning.message) for warning in told)
         (root / "test_answers.jsonl").unlink()
-        assert _test(config, *options, "--data.init_args.eval_batch_size=5") == 0
+        with warnings.catch_warnings(record=True):  # of the same cuts
+            assert _test(config, *options, "--data.init_args.eval_batch_size=5") == 0
         assert _answers(root) == first
     assert {row["sample"] for row in first} == {0, 1, 2}
     assert len({row["text"] for row in first}) > len(first) / 2

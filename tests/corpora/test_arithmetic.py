@@ -248,6 +248,7 @@ def _write_rows(path: Path, *rows: Any) -> str:
 GOOD = {"a": 12, "op": "+", "b": 34, "answer": 46}
 
 
+@pytest.mark.filterwarnings("ignore:.*may occur in training")
 def test_test_file_is_tested_on_in_its_order(tmp_path: Path) -> None:
     path = _write_rows(tmp_path / "test.jsonl", GOOD, {"a": 5, "op": "-", "b": 17, "answer": -12})
     data = _data(operations=["+", "-"], test_file=path)
