@@ -249,15 +249,16 @@ def test_a_command_in_the_text_is_found_however_it_begins() -> None:
     assert commands_of(text) == ["fit   --a", "exits runs/a", ".venv/bin/python -m pytest", "eval --tasks x"]
 
 
-@pytest.mark.parametrize("command", commands_of(README))
-def test_command(
-    command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    said, _, rest = command.rpartition(" | ")
-    if said:
-        assert said.startswith("echo ")
-        monkeypatch.setattr(sys, "stdin", io.StringIO(said.removeprefix("echo ") + "\n"))
-    _check(shlex.split(rest), capfd)
+def test_commands(folder: Path, subtests: pytest.Subtests, capfd: pytest.CaptureFixture[str]) -> None:
+    """They are one test: each finds what those before it wrote, however tests are spread over processes."""
+    for command in commands_of(README):
+        with subtests.test(command), pytest.MonkeyPatch.context() as patch:
+            capfd.readouterr()  # what the one before it printed
+            said, _, rest = command.rpartition(" | ")
+            if said:
+                assert said.startswith("echo ")
+                patch.setattr(sys, "stdin", io.StringIO(said.removeprefix("echo ") + "\n"))
+            _check(shlex.split(rest), capfd)
 
 
 @pytest.mark.parametrize("command", commands_of(CONTRIBUTING))
