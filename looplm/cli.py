@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; None: those of this process.
 
     Returns:
-        The exit code: 0, or 2 after an error of the user's, which was printed in one line.
+        The exit code: 0, 2 after an error of the user's, which was printed in one line, or 130 after Ctrl-C.
 
     Example:
         >>> main(["--version"])
@@ -71,3 +71,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         sys.stderr.write(f"looplm: error: {' '.join(str(error).split())}\n")
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("looplm: interrupted\n")
+        return 130

@@ -178,7 +178,9 @@ def check_depths(name: str, depths: Sequence[int]) -> list[int]:
         >>> check_depths("depths", (1, 4, 16))
         [1, 4, 16]
     """
-    if not depths or depths[0] < 0 or any(a >= b for a, b in pairwise(depths)):
+    if not depths:
+        raise ValueError(f"`{name}` must name at least one depth, got {list(depths)}.")
+    if depths[0] < 0 or any(a >= b for a, b in pairwise(depths)):
         raise ValueError(f"`{name}` must be non-negative and strictly increasing, got {list(depths)}.")
     return list(depths)
 

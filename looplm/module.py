@@ -336,9 +336,12 @@ class LoopLM(L.LightningModule):
         """Build the optimiser and its schedule over the run's optimiser steps.
 
         Raises:
-            InputError: If the run has no last step.
+            InputError: If the run has no last step, or the optimiser refuses its options.
         """
-        optimizer = self.optimizer(self.named_parameters())
+        try:
+            optimizer = self.optimizer(self.named_parameters())
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise InputError(f"`model.optimizer` cannot be built: {' '.join(str(error).split())}") from error
         max_steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(max_steps) or max_steps < 1:
             raise InputError(

@@ -97,7 +97,9 @@ def test_test_writes_the_curve_of_the_last_checkpoint(trained: Path, caplog: pyt
     rows = _curve(trained / "test_curve.csv")
     assert [row["depth"] for row in rows] == ["0", "2", "8"]
     assert all(0 <= float(row["exact_match"]) <= float(row["token_accuracy"]) <= 1 for row in rows)
-    assert "exact match on test: peak" in caplog.text
+    best = max(rows, key=lambda row: float(row["exact_match"]))
+    said = f"exact match on test: at best {100 * float(best['exact_match']):.1f} % (depth {best['depth']})"
+    assert said in caplog.text
 
 
 def test_validate_reproduces_the_curve_of_training(trained: Path) -> None:
@@ -253,7 +255,7 @@ def test_unknown_command_is_refused_with_the_known_ones(fails: Fails) -> None:
         pytest.param("--model.test_depths=[]", "`test_depths`", id="no-test-depths"),
         pytest.param("--model.val_depths=[4,2]", "`val_depths`", id="unordered-depths"),
         pytest.param("--model.lr_schedule.min_ratio=2", "`min_ratio`", id="lr-schedule"),
-        pytest.param("--seed_everything=-1", "`seed_everything` must be an integer >= 0, got -1", id="negative-seed"),
+        pytest.param("--seed_everything=-1", "`seed_everything` must be an integer from 0", id="seed"),
         pytest.param("--data.operations=['/']", "`operations`", id="operation"),
         pytest.param("--data.min_digits=5", "`digits`", id="digits"),
         pytest.param("--data.template={a}{op}{b}", "`template`", id="template"),
@@ -262,6 +264,15 @@ def test_unknown_command_is_refused_with_the_known_ones(fails: Fails) -> None:
         pytest.param("--trainer.precision=3", "precision", id="precision"),
         pytest.param("--trainer.max_steps=-7", "max_steps", id="trainer-range"),
         pytest.param("--trainer.max_steps=-1", "`trainer.max_steps` must be >= 1", id="no-last-step"),
+        pytest.param("--seed_everything=4294967296", "`seed_everything` must be an integer from 0", id="large-seed"),
+        pytest.param("--trainer.val_check_interval=0", "`trainer.val_check_interval` must be > 0", id="interval"),
+        pytest.param("--trainer.accumulate_grad_batches=0", "`trainer.accumulate_grad_batches`", id="accumulation"),
+        pytest.param("--trainer.limit_train_batches=0", "`trainer.limit_train_batches` must be > 0", id="no-batches"),
+        pytest.param("--trainer.gradient_clip_val=-1", "`trainer.gradient_clip_val` must be >= 0, got -1", id="clip"),
+        pytest.param("--model.optimizer={class_path: Adam, init_args: {lr: -1}}", "`model.optimizer`", id="rate"),
+        pytest.param("--model.optimizer={class_path: MuonAdamW, init_args: {lr: -1}}", "`model.optimizer`", id="muon"),
+        pytest.param("--curve.mean_depth=-1", "`mean_depth` must be > 0, got -1", id="mean-depth"),
+        pytest.param("--data.digit_stages=[]", "`digit_stages`", id="no-stages"),
         pytest.param("--checkpoint.save_top_k=-5", "save_top_k", id="checkpoint"),
         pytest.param("--trainer.val_check_interval=0.5", "val_check_interval", id="fraction-of-an-endless-stream"),
     ],
@@ -298,10 +309,14 @@ def test_missing_config_is_refused_by_path(fails: Fails) -> None:
     assert "no/such.yaml" in fails("fit", "--config", "no/such.yaml")
 
 
-@pytest.mark.parametrize("content", [b"model: [1,\n", b"\x80\x81", b"just text\n", b"- a\n- b\n"])
-def test_config_that_is_no_yaml_mapping_is_refused(tmp_path: Path, fails: Fails, content: bytes) -> None:
+@pytest.mark.parametrize("content", [b"model: [1,\n", b"\x80\x81", b"just text\n", b"- a\n- b\n", b""])
+def test_config_that_is_no_yaml_mapping_is_refused_by_path(tmp_path: Path, fails: Fails, content: bytes) -> None:
     (tmp_path / "broken.yaml").write_bytes(content)
-    assert fails("fit", "--config", tmp_path / "broken.yaml")
+    assert f"config {str(tmp_path / 'broken.yaml')!r}" in fails("fit", "--config", tmp_path / "broken.yaml")
+
+
+def test_a_run_without_data_is_told_of_config(fails: Fails) -> None:
+    assert "name a config with `--config`" in fails("fit")
 
 
 def test_directory_as_config_is_refused(tmp_path: Path, fails: Fails) -> None:

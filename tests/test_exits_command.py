@@ -85,6 +85,7 @@ def test_exits_are_measured_with_the_cache_that_is_asked_for(write_config, tmp_p
     [
         (["none"], "is no config.yaml of a run"),
         (["none", "--num_loops", "1"], "must be >= 2, got 1"),
+        (["none", "--most_lost", "2"], "`--most_lost` must be a share, from 0 to 1, got 2.0"),
         (["none", "--cache", "first"], "`--cache` must be `per_loop`, `last` or `ring(k)` with k >= 1, got 'first'"),
     ],
 )

@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import yaml
 from forks import fork_looplm, run_looplm
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -228,6 +229,23 @@ def test_last_checkpoint_holds_the_last_step_and_a_longer_run_continues_from_it(
     assert main([*fit, f"--trainer.default_root_dir={whole}", "--trainer.max_steps=6"]) == 0
 
     _assert_equal(state(grown)["state_dict"], state(whole)["state_dict"])
+
+
+def test_what_went_on_from_its_own_checkpoint_is_saved_as_a_run_from_the_beginning(
+    tmp_path: Path, write_config: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = f"--trainer.default_root_dir={tmp_path / 'run'}"
+    assert main(["fit", "--config", str(write_config()), root, "--trainer.max_steps=2"]) == 0
+    assert "nothing was trained" not in caplog.text
+    again = ["fit", "--config", str(tmp_path / "run" / "config.yaml"), "--ckpt_path=last"]
+    assert main(again) == 0
+    assert f"nothing was trained: {tmp_path / 'run' / 'checkpoints' / 'last.ckpt'} stands at step 2" in caplog.text
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["ckpt_path"] is None
+    # Of another run's checkpoint it is part of what the run is, and a run directory is name enough.
+    other = [*again[:-1], f"--ckpt_path={tmp_path / 'run'}", "--trainer.max_steps=3"]
+    assert main([*other, f"--trainer.default_root_dir={tmp_path / 'other'}"]) == 0
+    kept = yaml.safe_load((tmp_path / "other" / "config.yaml").read_text())["ckpt_path"]
+    assert kept == str(tmp_path / "run" / "checkpoints" / "last.ckpt")
 
 
 def test_second_fit_in_a_directory_replaces_the_last_checkpoint(tmp_path: Path, write_config: Any) -> None:

@@ -65,6 +65,8 @@ class DepthAccuracyCurve(L.Callback):
 
     def __init__(self, extract_fn: ExtractFn | None = None, mean_depth: float | None = None) -> None:
         self.extract_fn = extract_fn
+        if mean_depth is not None and not mean_depth > 0:
+            raise ValueError(f"`mean_depth` must be > 0, got {mean_depth}.")
         self.mean_depth = mean_depth
         self._splits: dict[int, _Split] = {}
 

@@ -19,14 +19,15 @@ __all__ = ["SaveOnSignal"]
 
 
 class SaveOnSignal(L.Callback):
-    """On SIGTERM, or on SLURM's requeue signal (SIGUSR1), finishes the step, saves ``last.ckpt`` and ends the run.
+    """On SIGTERM, Ctrl-C or SLURM's requeue signal (SIGUSR1), finishes the step, saves ``last.ckpt`` and ends the run.
 
     Lightning's own handlers act where the signal finds the process: the checkpoint may fall between an optimiser's step
     and the counters, and in a handler of one rank a collective meets another collective of the rest. Here a handler
     sets a flag, and after the optimiser step on which all ranks agree the checkpoint is one of the usual kind, from
-    which a run goes on bit for bit. After the requeue signal rank zero calls ``scontrol requeue``. Exit code 143.
+    which a run goes on bit for bit. After the requeue signal rank zero calls ``scontrol requeue``. Exit code 143, after
+    Ctrl-C 130.
 
-    A signal that comes during validation waits for its end.
+    A signal that comes during validation waits for its end. A second Ctrl-C ends at once, without a checkpoint.
 
     Example:
         >>> trainer = L.Trainer(accelerator="cpu", callbacks=[SaveOnSignal()], logger=False)
@@ -34,6 +35,7 @@ class SaveOnSignal(L.Callback):
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.has_trained = False
         self._last_step = -1
         self._requeue_signal: int | None = None
 
@@ -49,11 +51,16 @@ class SaveOnSignal(L.Callback):
             self._requeue_signal = environment.requeue_signal or signal.SIGUSR1
 
         def receive(number: int, frame: Any) -> None:
-            if self.received is None and trainer.strategy.launcher is not None:
+            if number == signal.SIGINT:  # of which a terminal tells the other ranks itself
+                if self.received is not None:
+                    raise KeyboardInterrupt
+                if trainer.is_global_zero:
+                    os.write(2, b"\nending after this step, with a checkpoint; Ctrl-C again ends at once\n")
+            elif self.received is None and trainer.strategy.launcher is not None:
                 trainer.strategy.launcher.kill(number)  # the processes that Lightning started for other ranks
             self.received = number
 
-        for number in {signal.SIGTERM, self._requeue_signal} - {None}:
+        for number in {signal.SIGTERM, signal.SIGINT, self._requeue_signal} - {None}:
             signal.signal(number, receive)  # type: ignore[arg-type]
 
     def on_train_batch_end(
@@ -62,8 +69,9 @@ class SaveOnSignal(L.Callback):
         """Save and end, if any rank was told to.
 
         Raises:
-            SIGTERMException: After saving.
+            SIGTERMException: After saving, with the exit code.
         """
+        self.has_trained = True
         if trainer.global_step == self._last_step:  # gradients are being accumulated, and are not saved
             return
         self._last_step = trainer.global_step
@@ -77,7 +85,7 @@ class SaveOnSignal(L.Callback):
         rank_zero_info(f"{name}: saved {path} after step {trainer.global_step}; `--ckpt_path last` goes on from there")
         if self._requeue_signal is not None and self.received == self._requeue_signal and trainer.is_global_zero:
             _requeue()
-        raise SIGTERMException
+        raise SIGTERMException(128 + (signal.SIGINT if self.received == signal.SIGINT else signal.SIGTERM))
 
 
 def _requeue() -> None:

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 from typing import NoReturn
 
 from looplm.commands.messages import nearest
 from looplm.errors import InputError
 
 __all__ = ["Parser"]
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Texts as they are written, and the default of every option that has one and does not say it itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        said = action.help or ""
+        is_plain = isinstance(action.default, str | int | float | Path) and not isinstance(action.default, bool)
+        is_told = "default" in said or action.default == argparse.SUPPRESS or not action.option_strings
+        return said if is_told or not is_plain else f"{said} (default: %(default)s)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,10 +35,10 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, command: str, *, description: str | None, epilog: str | None = None) -> None:
         super().__init__(
             prog=f"python -m looplm {command}",
-            description=description,
+            description=None if description is None else description.replace("``", "`"),
             epilog=epilog,
             allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_HelpFormatter,
         )
 
     def error(self, message: str) -> NoReturn:

@@ -53,6 +53,8 @@ def check_checkpoint(path: Path, *, resumes: bool, may_be_sharded: bool) -> None
 
 
 def _read_keys(path: Path) -> Iterable[str]:
+    if path.is_dir():
+        raise InputError(f"`ckpt_path` must be a checkpoint file or a run directory with one, got {str(path)!r}.")
     if not path.is_file():
         hint = nearest_path(path) or "."
         raise InputError(f"`ckpt_path` must be a checkpoint file, got {str(path)!r}, which does not exist{hint}")

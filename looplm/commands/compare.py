@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from looplm.commands.arguments import Parser
-from looplm.commands.curve_files import COMPARISON_COLUMNS, is_comparison, read_comparison, read_curve
+from looplm.commands.curve_files import COMPARISON_COLUMNS, is_comparison, is_outdated, read_comparison, read_curve
 from looplm.commands.curves import Curve, Group, group_runs
 from looplm.commands.graded import read_graded, write_graded
 from looplm.commands.messages import nearest_path
@@ -68,6 +68,8 @@ def _compare(runs: Sequence[Path], output: Path) -> Path:
             curves += read_comparison(path)
         else:
             curves.append(read_curve(path))
+            if is_outdated(path):
+                sys.stderr.write(f"looplm: warning: {path} was trained again after its `test`: test_curve.csv is old\n")
     graded = [curve for path in runs if path.is_dir() for curve in read_graded(path)]
     picture = write_comparison(curves, output)
     if graded:

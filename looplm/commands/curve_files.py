@@ -11,7 +11,19 @@ from pathlib import Path
 from looplm.commands.curves import DYNAMICS, Curve
 from looplm.errors import InputError
 
-__all__ = ["COMPARISON_COLUMNS", "has_columns", "is_comparison", "read_comparison", "read_curve", "read_dynamics"]
+__all__ = [
+    "COMPARISON_COLUMNS",
+    "describe_curves",
+    "has_columns",
+    "is_comparison",
+    "is_outdated",
+    "read_comparison",
+    "read_curve",
+    "read_dynamics",
+]
+
+
+_CURVE_COLUMNS = ("split", "depth", "exact_match", "token_accuracy")
 
 
 def read_curve(run_dir: Path) -> Curve:
@@ -40,6 +52,9 @@ def read_curve(run_dir: Path) -> Curve:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         # A file with several evaluation sets begins with the main one.
+        missing = [name for name in _CURVE_COLUMNS if rows and name not in rows[0]]
+        if missing:
+            raise ValueError(f"it has no column {missing[0]!r}")
         rows = [row for row in rows if row["split"] == rows[0]["split"]]
         depths = [int(row["depth"]) for row in rows]
         exact_match, token_accuracy = ([float(row[name]) for row in rows] for name in ("exact_match", "token_accuracy"))
@@ -59,6 +74,46 @@ def read_curve(run_dir: Path) -> Curve:
         escaped=settling.get("escaped"),
         dynamics=read_dynamics(path.with_name(path.name.replace("_curve.csv", "_dynamics.csv"))),
     )
+
+
+def describe_curves(run_dir: Path, stage: str) -> list[str]:
+    r"""Say in a line for each evaluation set what its curve comes to: its peak, its end, and what was lost on the way.
+
+    Args:
+        run_dir: A run directory in which ``{stage}_curve.csv`` stands.
+        stage: ``val`` or ``test``.
+
+    Example:
+        >>> import tempfile
+        >>> run = Path(tempfile.mkdtemp())
+        >>> rows = "split,depth,exact_match,escaped\ntest,1,0.25,0.0\ntest,4,1.0,0.0\ntest,64,0.5,0.5\n"
+        >>> _ = (run / "test_curve.csv").write_text(rows)
+        >>> describe_curves(run, "test")
+        ['exact match on test: at best 100.0 % (depth 4), 50.0 % at depth 64; right and then lost: 50.0 %']
+    """
+    by_split: dict[str, list[tuple[float, int, float]]] = {}
+    with (run_dir / f"{stage}_curve.csv").open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            values = (float(row["exact_match"]), int(row["depth"]), float(row["escaped"]))
+            by_split.setdefault(row["split"], []).append(values)
+    lines = []
+    for split, rows in by_split.items():
+        (peak, depth, _), (last, deepest, escaped) = max(rows, key=lambda row: row[0]), rows[-1]
+        end = "" if depth == deepest else f", {100 * last:.1f} % at depth {deepest:,}"
+        lost = f"right and then lost: {100 * escaped:.1f} %"
+        lines.append(f"exact match on {split}: at best {100 * peak:.1f} % (depth {depth:,}){end}; {lost}")
+    return lines
+
+
+def is_outdated(run_dir: Path) -> bool:
+    """Return whether a run's ``test_curve.csv`` is older than its last checkpoint: of a model that is gone.
+
+    Example:
+        >>> is_outdated(Path("no/such/run"))
+        False
+    """
+    curve, checkpoint = run_dir / "test_curve.csv", run_dir / "checkpoints" / "last.ckpt"
+    return curve.is_file() and checkpoint.exists() and checkpoint.stat().st_mtime > curve.stat().st_mtime
 
 
 COMPARISON_COLUMNS = ("run", "depth", "exact_match", "token_accuracy")

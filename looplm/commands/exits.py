@@ -194,6 +194,8 @@ def run(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if args.num_loops < 2:
         parser.error(f"`--num_loops` must be >= 2, got {args.num_loops}")
+    if not 0 <= args.most_lost <= 1:
+        parser.error(f"`--most_lost` must be a share, from 0 to 1, got {args.most_lost}")
     try:
         kept_loops(args.cache, args.num_loops)
     except ValueError as error:

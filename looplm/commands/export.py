@@ -10,14 +10,14 @@ import torch
 
 from looplm.checkpoints import load_checkpoint, save_pretrained
 from looplm.commands.arguments import Parser
-from looplm.commands.next_step import command_line, explore_model_line, run_config
+from looplm.commands.next_step import command_line, explore_model_line, last_of_run, run_config
 from looplm.pretrained_folder import read_origin
 
 __all__ = ["make_parser", "run"]
 
 _EXAMPLES = """\
 examples:
-  python -m looplm export runs/stars/checkpoints/last.ckpt stars_hf --num_loops 16
+  python -m looplm export runs/stars stars_hf --num_loops 16
   python -m looplm export ouro.ckpt ouro_tuned --like ByteDance-Ouro-1.4B --dtype bfloat16
 """
 
@@ -27,7 +27,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 def make_parser() -> Parser:
     """Return the command's parser."""
     parser = Parser("export", description=__doc__, epilog=_EXAMPLES)
-    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="a checkpoint of fit or import")
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="a checkpoint, or a run directory")
     parser.add_argument("output", type=Path, metavar="OUT", help="a directory that does not exist yet, or is empty")
     parser.add_argument(
         "--like", type=Path, metavar="DIR", help="take config fields and tokenizer from this directory, the original's"
@@ -44,7 +44,8 @@ def run(argv: Sequence[str]) -> int:
     if args.num_loops is not None and args.num_loops < 1:
         parser.error(f"`--num_loops` must be >= 1, got {args.num_loops}")
     origin = None if args.like is None else read_origin(args.like)
-    model = load_checkpoint(args.checkpoint)
+    checkpoint = last_of_run(args.checkpoint)
+    model = load_checkpoint(checkpoint)
     if args.dtype is not None:
         model.to(getattr(torch, args.dtype))
     save_pretrained(model, args.output, origin=origin, num_loops=args.num_loops)
@@ -53,6 +54,6 @@ def run(argv: Sequence[str]) -> int:
         evaluate = command_line("eval", "--model", "looplm", "--model_args", model_args, "--tasks", "gsm8k")
         line = f"next:    {evaluate}"
     else:  # the harness has no texts for it
-        line = explore_model_line(args.output, has_tokenizer=False, config=run_config(args.checkpoint))
+        line = explore_model_line(args.output, has_tokenizer=False, config=run_config(checkpoint))
     sys.stdout.write(f"written: {args.output}\n{line}\n")
     return 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from looplm.checkpoints import from_pretrained, save_checkpoint
 from looplm.commands.arguments import Parser
 from looplm.commands.next_step import explore_model_line
+from looplm.errors import InputError
 
 __all__ = ["make_parser", "run"]
 
@@ -28,8 +29,14 @@ def make_parser() -> Parser:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run the command; for its options see ``--help``."""
+    """Run the command; for its options see ``--help``.
+
+    Raises:
+        InputError: If the directory is no model, or the file is there already.
+    """
     args = make_parser().parse_args(argv)
+    if args.output.exists():
+        raise InputError(f"{str(args.output)!r} exists already.")
     model = from_pretrained(args.source)
     save_checkpoint(model, args.output)
     has_tokenizer = model.origin is not None and "tokenizer.json" in model.origin.files

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
+import logging
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -33,11 +34,14 @@ from looplm.callbacks.non_finite import NonFiniteGuard
 from looplm.callbacks.preemption import SaveOnSignal
 from looplm.callbacks.progress_lines import ProgressLines
 from looplm.commands.ckpt_path import check_checkpoint
+from looplm.commands.config_files import check_config_files
+from looplm.commands.curve_files import describe_curves
 from looplm.commands.messages import condense
 from looplm.commands.names import LIGHTNING
-from looplm.commands.next_step import command_line
+from looplm.commands.next_step import command_line, last_of_run, run_config
 from looplm.commands.processes import die_with_parent, lost_process
 from looplm.commands.settings import SaveSettings
+from looplm.commands.trainer_fields import check_trainer_fields
 from looplm.corpora import bpe, mathematics, pretrained_tokenizer, text_tokenizer  # noqa: F401
 from looplm.corpora.arithmetic import ArithmeticDataModule
 from looplm.durable import DurableCheckpointIO
@@ -54,6 +58,10 @@ _IRRELEVANT_WARNINGS = (
     ".*LightningCLI's args parameter.*",  # we pass the process's own arguments
     ".*LeafSpec.* is deprecated.*",  # Lightning's own use of torch
 )
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("💡 Tip: For seamless cloud logging")
 
 
 _EXAMPLES = {
@@ -94,6 +102,8 @@ def _subcommand_options() -> dict[str, dict[str, Any]]:
 
 class _Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if re.fullmatch(r"the following arguments are required: \w+\.data", message.strip()):
+            raise InputError("`data` is missing: name a config with `--config`, or a DataModule with `--data`.") from ex
         raise InputError(condense(message, _option_names(self), looplm.__all__)) from ex
 
 
@@ -107,8 +117,8 @@ def _option_names(parser: LightningArgumentParser) -> list[str]:
 
 
 def _integer_seed(seed: Any) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"`seed_everything` must be an integer >= 0, got {seed!r}.")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"`seed_everything` must be an integer from 0 to 2³² − 1, got {seed!r}.")
     return seed
 
 
@@ -165,13 +175,6 @@ class LoopLMCLI(LightningCLI):
         parser.link_arguments("seed_everything", "model.seed", compute_fn=_integer_seed)
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_integer_seed)
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse; a config that is no text is the user's to mend."""
-        try:
-            super().parse_arguments(parser, args)
-        except UnicodeDecodeError as error:
-            raise InputError(f"a config is not UTF-8 text: {error}.") from error
-
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return Lightning's subcommands and the arguments that are not the user's to set."""
@@ -189,6 +192,10 @@ class LoopLMCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Check, before anything is built, that the run can write and that its checkpoint can be read."""
         config = self._run_config
+        try:
+            check_trainer_fields(str(self.subcommand), vars(config.trainer))
+        except ValueError as error:
+            raise InputError(str(error)) from None
         root = Path(config.trainer.default_root_dir or "runs/default")
         config.trainer.default_root_dir = str(root)
         if self.subcommand != "fit":
@@ -205,9 +212,10 @@ class LoopLMCLI(LightningCLI):
                     )
                 path = None
         if path is not None:
+            path = last_of_run(Path(path))
             strategy = str(getattr(config.trainer.strategy, "class_path", "")).rsplit(".", 1)[-1]
             is_for_training = self.subcommand == "fit"
-            check_checkpoint(Path(path), resumes=is_for_training, may_be_sharded=strategy == ShardedStrategy.__name__)
+            check_checkpoint(path, resumes=is_for_training, may_be_sharded=strategy == ShardedStrategy.__name__)
         config.ckpt_path = None if path is None else str(path)
         if self.subcommand != "predict":
             _check_writable(root)
@@ -226,7 +234,8 @@ class LoopLMCLI(LightningCLI):
         trainer: Any = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = DurableCheckpointIO()
-        trainer.callbacks.insert(0, SaveOnSignal())  # before the checkpoints, which come last
+        self._saves_on_signal = SaveOnSignal()
+        trainer.callbacks.insert(0, self._saves_on_signal)  # before the checkpoints, which come last
         bar = trainer.progress_bar_callback
         if bar is not None and bar not in given and not _can_redraw():
             # Lightning's own choice is rich's bar; whoever names one in `trainer.callbacks` gets that one.
@@ -261,49 +270,59 @@ class LoopLMCLI(LightningCLI):
             os.write(1, f"{line}\n".encode())
 
     def after_fit(self) -> None:
-        """Say where everything is and what to do next."""
+        """Say what came of it, where everything is and what to do next."""
         root = self._run_config.trainer.default_root_dir
+        if not self._saves_on_signal.has_trained:
+            rank_zero_info(
+                f"nothing was trained: {self._run_config.ckpt_path} stands at step {self.trainer.global_step}, where "
+                f"`trainer.max_steps` {self.trainer.max_steps} or another limit ends the run"
+            )
+        self._tell_curve("val")
         rank_zero_info(
             f"run directory: {root} (config.yaml, checkpoints/, {_curve_files('val')})\n"
             f"next: {command_line('test', '--config', Path(root) / 'config.yaml')}"
         )
 
     def after_validate(self) -> None:
-        """Say where the curve is and how to look into an answer."""
+        """Say what the curve comes to, where it is and how to look into an answer."""
         root = self._run_config.trainer.default_root_dir
-        rank_zero_info(
-            f"curve: {root} ({_curve_files('val')})\n"
-            f"next: {command_line('explore', _model_of(root, self._run_config.ckpt_path))}"
-        )
+        self._tell_curve("val")
+        rank_zero_info(f"curve: {root} ({_curve_files('val')})\nnext: {self._explore_line()}")
 
     def after_predict(self) -> None:
         """Say, beside the answers and not among them, how to look into one."""
-        root = self._run_config.trainer.default_root_dir
-        rank_zero_info(f"next: {command_line('explore', _model_of(root, self._run_config.ckpt_path))}")
+        rank_zero_info(f"next: {self._explore_line()}")
 
     def after_test(self) -> None:
-        """Say what the curve's peak is and where the curve is."""
-        if not self.trainer.is_global_zero:  # who writes the files knows that they are there
-            return
+        """Say what the curve comes to, where it is and what to do next."""
         root = Path(self._run_config.trainer.default_root_dir)
-        for split, summary in json.loads((root / "test_summary.json").read_text(encoding="utf-8")).items():
-            values = ", ".join(f"{name} {value:.4g}" for name, value in summary.items())
-            rank_zero_info(f"exact match on {split}: {values}")
+        self._tell_curve("test")
         rank_zero_info(
             f"curve: {root} ({_curve_files('test')})\n"
             f"next: {command_line('compare', root, 'RUN')} (the directories of other runs), or\n"
-            f"      {command_line('explore', _model_of(root, self._run_config.ckpt_path))}"
+            f"      {self._explore_line()}"
         )
+
+    def _tell_curve(self, stage: str) -> None:
+        root = Path(self._run_config.trainer.default_root_dir)
+        # Who writes the files knows that they are there.
+        if self.trainer.is_global_zero and (root / f"{stage}_curve.csv").is_file():
+            for line in describe_curves(root, stage):
+                rank_zero_info(line)
+
+    def _explore_line(self) -> str:
+        """Return the command that opens the model: the run directory where it is that of the run."""
+        root, path = Path(self._run_config.trainer.default_root_dir), self._run_config.ckpt_path
+        if path is None or Path(path) == root / "checkpoints" / "last.ckpt":
+            return command_line("explore", root)
+        # Of no run, it does not know how problems are written; this run's config may.
+        config = run_config(Path(path)) or root / "config.yaml"
+        of_another = not run_config(Path(path)) and config.is_file()
+        return command_line("explore", path, *(["--config", config] if of_another else []))
 
 
 def _curve_files(stage: str) -> str:
     return ", ".join(f"{stage}_{name}" for name in ("curve.csv", "curve.png", "settling.png", "summary.json"))
-
-
-def _model_of(root: str | Path, ckpt_path: str | None) -> str:
-    """Return how `explore` names the model: the run directory where it is that of the run."""
-    own = Path(root) / "checkpoints" / "last.ckpt"
-    return str(root) if ckpt_path is None or Path(ckpt_path) == own else ckpt_path
 
 
 def _can_redraw() -> bool:
@@ -332,6 +351,8 @@ def run(argv: Sequence[str]) -> LoopLMCLI:
         InputError: If config, data or checkpoint are wrong.
     """
     die_with_parent()
+    check_config_files(argv)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     for message in _IRRELEVANT_WARNINGS:
         warnings.filterwarnings("ignore", message)
     try:
@@ -350,9 +371,11 @@ def run(argv: Sequence[str]) -> LoopLMCLI:
         )
     except MisconfigurationException as error:  # Lightning's word for an error of the user's
         raise InputError(str(error)) from error
-    except SIGTERMException:
-        raise SystemExit(128 + signal.SIGTERM) from None
+    except SIGTERMException as ended:
+        raise SystemExit(ended.args[0] if ended.args else 128 + signal.SIGTERM) from None
     except RuntimeError as error:
+        if str(error).startswith("Early stopping conditioned on metric"):
+            raise InputError(f"`trainer.callbacks`: {error}") from error
         if not lost_process(error):
             raise
         raise InputError(

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["command_line", "explore_line", "explore_model_line", "run_config"]
+__all__ = ["command_line", "explore_line", "explore_model_line", "last_of_run", "run_config"]
 
 
 def command_line(*arguments: object) -> str:
@@ -28,6 +28,17 @@ def run_config(checkpoint: Path) -> Path | None:
     """
     folder = (checkpoint if len(checkpoint.parts) > 2 else checkpoint.resolve()).parent.parent
     return folder / "config.yaml" if (folder / "config.yaml").is_file() else None
+
+
+def last_of_run(path: Path) -> Path:
+    """Return the last checkpoint of a run directory; any other path is returned as it is.
+
+    Example:
+        >>> last_of_run(Path("no/such.ckpt"))
+        PosixPath('no/such.ckpt')
+    """
+    last = path / "checkpoints" / "last.ckpt"
+    return last if last.exists() else path
 
 
 def explore_model_line(model: Path, *, has_tokenizer: bool, config: Path | None = None) -> str:

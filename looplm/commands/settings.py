@@ -7,6 +7,7 @@ data, and no model.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -30,6 +31,14 @@ class SaveSettings(SaveConfigCallback):
         >>> [type(callback).__name__ for callback in cli.trainer.callbacks if isinstance(callback, SaveConfigCallback)]
         ['SaveSettings']
     """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Save the config, but not that it went on from a checkpoint of its own: it is to make the run anew."""
+        path = self.config.get("ckpt_path")
+        if path is not None and Path(path).resolve().is_relative_to(Path(trainer.default_root_dir).resolve()):
+            self.config = self.config.clone()
+            self.config["ckpt_path"] = None
+        super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Log the settings; called once, on rank zero."""

@@ -273,6 +273,18 @@ class _Sweep:
         return True
 
 
+_PLAIN_OPTIONS = (
+    "--seed_everything",
+    "--trainer",
+    "--model",
+    "--data",
+    "--checkpoint",
+    "--curve",
+    "--guard",
+    "--config",
+)
+
+
 def make_parser() -> Parser:
     """Return the command's parser."""
     parser = Parser(
@@ -299,7 +311,12 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     Raises:
         InputError: If the arguments are wrong.
     """
-    args, options = make_parser().parse_known_args(argv)
+    parser = make_parser()
+    args, options = parser.parse_known_args(argv)
+    for option in options:
+        # A field of a run's config has dots; what has none is one of this command's, or of these few.
+        if option.startswith("--") and "." not in option and option.split("=")[0] not in _PLAIN_OPTIONS:
+            parser.error(f"unrecognized arguments: {option.split('=')[0]}")
     if args.jobs < 1:
         raise InputError(f"`--jobs` must be >= 1, got {args.jobs}.")
     return args, options

@@ -163,7 +163,7 @@ class ArithmeticDataModule(L.LightningDataModule):
         if not operations or len(set(operations)) != len(operations) or not set(operations) <= set(OPERATIONS):
             raise ValueError(f"`operations` must be some of {list(OPERATIONS)}, each once, got {operations}.")
         _check_digits("digits", min_digits, max_digits)
-        if digit_stages:
+        if digit_stages is not None:
             check_starts("digit_stages", [stage.start_step for stage in digit_stages])
         for stage in digit_stages or []:
             _check_digits("digit_stages", stage.min_digits, stage.max_digits)

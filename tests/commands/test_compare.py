@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from looplm.cli import main
-from looplm.commands.curve_files import read_curve
+from looplm.commands.curve_files import is_outdated, read_curve
 from looplm.errors import InputError
 
 
@@ -197,3 +198,26 @@ def test_damaged_graded_file_is_refused_by_its_path(tmp_path: Path, capsys: pyte
     (run / "test_graded.csv").write_text("source,depth\nx,one\n")
     assert _compare(run, "--output", tmp_path / "out") == 2
     assert "test_graded.csv has no graded accuracy by depth" in _error(capsys)
+
+
+def test_a_curve_older_than_the_weights_is_said_to_be_old(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = _run(tmp_path / "run", {1: 0.5, 4: 1.0})
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    checkpoint.parent.mkdir()
+    checkpoint.touch()
+    for age, told in ((-60, ""), (60, f"looplm: warning: {run} was trained again after its `test`")):
+        now = (run / "test_curve.csv").stat().st_mtime
+        os.utime(checkpoint, (now + age, now + age))
+        assert _compare(run, "--output", tmp_path / "out") == 0
+        err = capsys.readouterr().err
+        assert err.startswith(told)
+        assert bool(err) == bool(told) == is_outdated(run)
+
+
+def test_a_csv_of_something_else_is_refused_by_the_column_it_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.csv"
+    other.write_text("split,rule\ntrain,kl\n")
+    assert _compare(other) == 2
+    assert f"{other} is no curve: it has no column 'depth'" in _error(capsys)

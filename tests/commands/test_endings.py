@@ -102,6 +102,10 @@ def test_a_model_of_texts_is_told_to_be_evaluated(tmp_path: Path, capsys: pytest
     told = _last_line(capsys)
     assert told == ["explore", str(back)]
     assert _opens(told)
+    assert main(["import", str(folder), str(back)]) == 2  # as export and consolidate
+    assert f"{str(back)!r} exists already" in capsys.readouterr().err
+    assert main(["export", str(run), str(tmp_path / "of the run")]) == 0
+    assert (tmp_path / "of the run" / "config.json").is_file()
 
 
 def test_a_consolidated_checkpoint_is_told_with_its_runs_config(

@@ -144,3 +144,24 @@ def test_long_helps_begin_with_usage_and_examples(
     shown = lines[: lines.index("options:")]
     assert len(shown) <= 16
     assert sum(line.startswith(f"  python -m looplm {command} ") for line in shown) >= 1
+
+
+def test_ctrl_c_ends_a_command_of_ours_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from looplm.commands import doctor
+
+    def interrupted(argv: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "run", interrupted)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "looplm: interrupted\n"
+
+
+def test_help_of_our_commands_tells_defaults_and_shows_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["exits", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "greatest depth of a token (default: 16)" in said
+    assert "``" not in said

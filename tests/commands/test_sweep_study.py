@@ -94,6 +94,7 @@ def test_only_keeps_configs_or_single_runs(study: Path) -> None:
         (["--seeds", "1", "1"], "`--seeds` must be different integers >= 0, got [1, 1]"),
         (["--seeds", "one"], "invalid int value: 'one'"),
         (["--jobs", "0"], "`--jobs` must be >= 1, got 0"),
+        (["--jbos", "2"], "unknown option --jbos; did you mean --jobs?"),
     ],
 )
 def test_bad_options_are_refused_before_anything_runs(

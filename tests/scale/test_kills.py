@@ -127,12 +127,16 @@ def signalled(process: Any, folder: Path, number: signal.Signals) -> int | None:
     return process.exitcode
 
 
-def test_sigterm_saves_between_two_steps_and_the_run_goes_on(base: Path, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_saves_between_two_steps_and_the_run_goes_on(
+    base: Path, whole: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     folder, output = tmp_path / "run", tmp_path / "output"
     rarely = fit(base, folder, "--checkpoint.every_n_train_steps=7", "--trainer.accumulate_grad_batches=1")
-    assert signalled(fork_looplm(rarely, output), folder, signal.SIGTERM) == 128 + signal.SIGTERM
+    assert signalled(fork_looplm(rarely, output), folder, number) == 128 + number
     step = saved(folder)["global_step"]
-    assert f"SIGTERM: saved {folder / LAST} after step {step}" in output.read_text()
+    assert f"{number.name}: saved {folder / LAST} after step {step}" in output.read_text()
+    assert ("Ctrl-C again ends at once" in output.read_text()) == (number == signal.SIGINT)
     finish(rarely, output)
     assert_same_run(folder, whole)
 
