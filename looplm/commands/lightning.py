@@ -19,7 +19,7 @@ import lightning as L
 from jsonargparse import DefaultHelpFormatter
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
@@ -131,6 +131,13 @@ class _Trainer(L.Trainer):
         return self.strategy.broadcast(self.default_root_dir)
 
 
+class _Bar(RichProgressBar):
+    """Lightning's bar, without the number of epochs where steps end the run: it would say ``Epoch 0/-2``."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return super()._get_train_description(current_epoch).replace("/-2", "  ")
+
+
 class RunCheckpoint(ModelCheckpoint):
     """ModelCheckpoint in the run's directory whose ``last.ckpt`` also holds the last step of a run.
 
@@ -237,9 +244,9 @@ class LoopLMCLI(LightningCLI):
         self._saves_on_signal = SaveOnSignal()
         trainer.callbacks.insert(0, self._saves_on_signal)  # before the checkpoints, which come last
         bar = trainer.progress_bar_callback
-        if bar is not None and bar not in given and not _can_redraw():
-            # Lightning's own choice is rich's bar; whoever names one in `trainer.callbacks` gets that one.
-            trainer.callbacks[trainer.callbacks.index(bar)] = ProgressLines()
+        if bar is not None and bar not in given:
+            # Whoever names one in `trainer.callbacks` gets that one.
+            trainer.callbacks[trainer.callbacks.index(bar)] = _Bar() if _can_redraw() else ProgressLines()
         return cast(L.Trainer, trainer)
 
     def instantiate_classes(self) -> None:

@@ -152,8 +152,13 @@ def make_pictures(groups: Sequence[Group]) -> list[Picture]:
     }
     if any(escaped.values()):
         title = "Escapes by depth"
+        most = max(value for runs in escaped.values() for _, values in runs for value in values)
+        top = max(1.0, 1.1 * most)
         figure = bands_by_depth(
-            {name: runs for name, runs in escaped.items() if runs}, title=title, ylabel="right before, wrong since (%)"
+            {name: runs for name, runs in escaped.items() if runs},
+            title=title,
+            ylabel="right before, wrong since (%)",
+            limits=(-0.03 * top, top),
         )
         caption = f"{title}: problems whose answer has been right at some depth and wrong at a later one."
         pictures.append(Picture(name="escapes", heading=title, caption=caption, figure=figure))
@@ -255,6 +260,7 @@ def render_page(groups: Sequence[Group], pictures: Sequence[Picture]) -> str:
     sections = "".join(map(_section, pictures))
     return _PAGE.format(
         summary=summary,
+        order=_BY_ROBUSTNESS if any(group.robustness for group in groups) else "Sorted by the best exact match.",
         version=escape(looplm.__version__),
         style=files("looplm.commands").joinpath("page.css").read_text(encoding="utf-8"),
         table=_table(groups),
@@ -283,9 +289,7 @@ img {{ max-width: 100%; height: auto; }}
 </head>
 <body>
 <h1>{summary}</h1>
-<p>Sorted by depth-robustness: the area under the exact match from the first evaluated depth to 8 × the mean trained
-depth, by the trapezoid rule over depth, as a share of the largest possible area. 16× is 16 times the mean trained
-depth, linear between evaluated depths. Each number is the mean over a group's runs (seeds), beside it the least and the
+<p>{order} Each number is the mean over a group's runs (seeds), beside it the least and the
 greatest. Escapes are problems whose answer was right at one depth and wrong at a later one. “Deepest” is the deepest
 state whose dynamics were measured. A click on a heading sorts by it.</p>
 {table}
@@ -295,6 +299,11 @@ state whose dynamics were measured. A click on a heading sorts by it.</p>
 </body>
 </html>
 """
+
+_BY_ROBUSTNESS = """\
+Sorted by depth-robustness: the area under the exact match from the first evaluated depth to 8 × the mean trained
+depth, by the trapezoid rule over depth, as a share of the largest possible area. 16× is 16 times the mean trained
+depth, linear between evaluated depths."""
 
 _SCRIPT = """
 "use strict";

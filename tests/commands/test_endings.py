@@ -168,4 +168,5 @@ def test_terminal_gets_a_bar(write_config: Config, tmp_path: Path) -> None:
     text = shown.decode()
     assert "\x1b[" in text
     assert "Epoch 0" in text
+    assert "/-2" not in text
     assert "step 4 of 4" not in text

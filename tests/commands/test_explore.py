@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from small_models import SUMS, random_model, run_of_sums, run_of_texts
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from looplm.checkpoints import load_checkpoint, save_checkpoint, save_pretrained
 from looplm.cli import main
+from looplm.commands.explorer.forms import TextForm
 from looplm.commands.explorer.opening import open_model
 from looplm.commands.explorer.session import Limits, Session, shown_depths
 from looplm.corpora.arithmetic import ArithmeticDataModule
@@ -74,6 +77,22 @@ def test_model_of_texts_reads_what_its_run_read(tokenizer: TextTokenizer, tmp_pa
     (ids,) = tokenizer.encode([plain])
     assert open_model(str(tmp_path / "hf")).form.encode(plain) == list(ids.ids)
     assert exported.answer(list(ids.ids)) == plain
+
+
+@given(text=st.text(alphabet="aé日𝄞\n ", min_size=1))
+def test_a_character_of_several_tokens_is_shown_whole(text: str) -> None:
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    form = TextForm(tokenizer, str, end_ids=[], example="a")
+    ids = form.encode(text)
+    assert "".join(form.tokens(ids)) == text.replace("\n", "⏎").replace(" ", "␣")
+    assert len(form.tokens(ids)) == len(ids)
+    cut = form.tokens(ids[:-1])  # perhaps within a character
+    shown = "".join(cut).rstrip("�")
+    assert len(cut) == len(ids) - 1
+    assert text.replace("\n", "⏎").replace(" ", "␣").startswith(shown)
 
 
 def test_chat_template_is_rendered_as_in_training(tmp_path: Path) -> None:

@@ -130,6 +130,13 @@ def test_page_shows_every_depth_curve_exit_and_the_path(page: Browser) -> None:
     assert page.evaluate(dark) != night
 
 
+def test_the_example_is_asked_where_nothing_is_typed(page: Browser) -> None:
+    example = page.evaluate("document.querySelector('#problem').placeholder")
+    _answer(page, "", 9)
+    page.wait("document.querySelector('#result').hidden === false")
+    assert page.evaluate("document.querySelector('#prompt').textContent").startswith(example)
+
+
 def test_error_is_one_line_on_the_page(page: Browser) -> None:
     _answer(page, "two and two", 9)
     message = page.evaluate("document.querySelector('#message').textContent")

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ArithmeticForm", "ProblemForm", "TextForm"]
 
+_PARTIAL = "\ufffd"
+_MOST_BYTES = 4  # of a character in UTF-8
 _SIGNS = {" ": "␣", "\n": "⏎", "\t": "⇥"}
 
 
@@ -42,7 +44,7 @@ class ProblemForm(Protocol):
         ...
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
-        """Return what each id is written as, to be shown."""
+        """Return what each id is written as, to be shown; of a character's several ids only the last has text."""
         ...
 
     def answer(self, ids: Sequence[int]) -> str:
@@ -127,7 +129,17 @@ class TextForm:
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """See :meth:`ProblemForm.tokens`."""
-        return [_shown(self._one(token)) for token in ids]
+        texts, pending = [], list[int]()
+        for token in ids:
+            pending.append(token)
+            whole = str(self._tokenizer.decode(pending, skip_special_tokens=False))
+            if len(pending) < _MOST_BYTES and whole.endswith(_PARTIAL):
+                texts.append("")
+                continue
+            texts.append(_shown(whole if len(pending) > 1 else self._one(token)))
+            pending.clear()
+        # What began and never became whole is shown as the tokenizer shows it.
+        return [*texts[: len(texts) - len(pending)], *map(self._one, pending)]
 
     def _one(self, token: int) -> str:
         text: Any = self._tokenizer.decode([token], skip_special_tokens=False)

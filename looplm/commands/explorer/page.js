@@ -110,7 +110,9 @@ function choose(row) {
     find("verdict").append(make("span", { text: `  right is ${seen.expected}`, style: "quiet" }));
   }
   [...find("grid").tBodies[0].rows].forEach((line, at) => line.classList.toggle("now", at === row));
-  const marks = seen.exits.map((exit) => ({ depth: exit.mean_loops, letter: letterOf(exit) }));
+  // An exit that stops no token has no place among the depths.
+  const marks = seen.exits.filter((exit) => exit.mean_loops < deepest())
+    .map((exit) => ({ depth: exit.mean_loops, letter: letterOf(exit) }));
   const common = { depths: seen.depths, index: row, onPick: choose };
   find("residual").replaceChildren(linesByDepth({
     ...common, rows: answer.residual, logarithmic: true, marks, label: "residual by depth",
@@ -127,6 +129,7 @@ function choose(row) {
 async function submit(event) {
   event.preventDefault();
   say("");
+  find("problem").value ||= find("problem").placeholder;  // the example
   find("go").disabled = true;
   find("go").textContent = "Computing…";
   try {
