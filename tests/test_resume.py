@@ -237,9 +237,12 @@ def test_what_went_on_from_its_own_checkpoint_is_saved_as_a_run_from_the_beginni
     root = f"--trainer.default_root_dir={tmp_path / 'run'}"
     assert main(["fit", "--config", str(write_config()), root, "--trainer.max_steps=2"]) == 0
     assert "nothing was trained" not in caplog.text
+    assert "exact match on val" in caplog.text
+    caplog.clear()
     again = ["fit", "--config", str(tmp_path / "run" / "config.yaml"), "--ckpt_path=last"]
     assert main(again) == 0
     assert f"nothing was trained: {tmp_path / 'run' / 'checkpoints' / 'last.ckpt'} stands at step 2" in caplog.text
+    assert "exact match on val" not in caplog.text
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["ckpt_path"] is None
     # Of another run's checkpoint it is part of what the run is, and a run directory is name enough.
     other = [*again[:-1], f"--ckpt_path={tmp_path / 'run'}", "--trainer.max_steps=3"]

@@ -312,8 +312,9 @@ class LoopLMCLI(LightningCLI):
 
     def _tell_curve(self, stage: str) -> None:
         root = Path(self._run_config.trainer.default_root_dir)
-        # Who writes the files knows that they are there.
-        if self.trainer.is_global_zero and (root / f"{stage}_curve.csv").is_file():
+        # Without a validation of its own a fit leaves the curve of an earlier one, or none.
+        is_new = any(name.startswith(f"{stage}/") for name in self.trainer.callback_metrics)
+        if is_new and self.trainer.is_global_zero and (root / f"{stage}_curve.csv").is_file():
             for line in describe_curves(root, stage):
                 rank_zero_info(line)
 
