@@ -80,6 +80,7 @@ def test_fit_leaves_config_checkpoint_curve_and_logs_in_the_run_directory(traine
     events = EventAccumulator(str(trained))
     events.Reload()
     assert {"train/loss", "train/depth", "val/exact_match/depth_00004"} <= set(events.Tags()["scalars"])
+    assert "epoch" not in events.Tags()["scalars"]  # 0 throughout
 
 
 def test_saved_config_repeats_the_run(trained: Path, tmp_path: Path) -> None:

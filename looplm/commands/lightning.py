@@ -8,7 +8,6 @@ import logging
 import os
 import re
 import signal
-import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -19,9 +18,8 @@ import lightning as L
 from jsonargparse import DefaultHelpFormatter
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -32,10 +30,10 @@ from looplm.callbacks import graded_answers, latent_dynamics, stability_warning,
 from looplm.callbacks.depth_accuracy import DepthAccuracyCurve
 from looplm.callbacks.non_finite import NonFiniteGuard
 from looplm.callbacks.preemption import SaveOnSignal
-from looplm.callbacks.progress_lines import ProgressLines
 from looplm.commands.ckpt_path import check_checkpoint
 from looplm.commands.config_files import check_config_files
 from looplm.commands.curve_files import describe_curves
+from looplm.commands.display import RunTensorBoard, progress_for_output
 from looplm.commands.messages import condense
 from looplm.commands.names import LIGHTNING
 from looplm.commands.next_step import command_line, last_of_run, run_config
@@ -129,13 +127,6 @@ class _Trainer(L.Trainer):
     def log_dir(self) -> str:
         """The run's directory, where callbacks write; like Lightning's own a broadcast, for which ranks wait."""
         return self.strategy.broadcast(self.default_root_dir)
-
-
-class _Bar(RichProgressBar):
-    """Lightning's bar, without the number of epochs where steps end the run: it would say ``Epoch 0/-2``."""
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        return super()._get_train_description(current_epoch).replace("/-2", "  ")
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -234,8 +225,7 @@ class LoopLMCLI(LightningCLI):
         """Build the trainer, with a TensorBoard logger in the run's directory unless the config names another."""
         if self._run_config.trainer.logger in (None, True):
             root = self._run_config.trainer.default_root_dir
-            # Its own metric would be -1 in every run; SaveSettings names those that are measured.
-            kwargs["logger"] = TensorBoardLogger(root, name="", version="", default_hp_metric=False)
+            kwargs["logger"] = RunTensorBoard(root)
         given = self._get(self.config_init, "trainer").callbacks
         given = [*given] if isinstance(given, list) else [given]  # the trainer adds its own to a list that it is given
         trainer: Any = super().instantiate_trainer(**kwargs)
@@ -246,7 +236,7 @@ class LoopLMCLI(LightningCLI):
         bar = trainer.progress_bar_callback
         if bar is not None and bar not in given:
             # Whoever names one in `trainer.callbacks` gets that one.
-            trainer.callbacks[trainer.callbacks.index(bar)] = _Bar() if _can_redraw() else ProgressLines()
+            trainer.callbacks[trainer.callbacks.index(bar)] = progress_for_output()
         return cast(L.Trainer, trainer)
 
     def instantiate_classes(self) -> None:
@@ -331,11 +321,6 @@ class LoopLMCLI(LightningCLI):
 
 def _curve_files(stage: str) -> str:
     return ", ".join(f"{stage}_{name}" for name in ("curve.csv", "curve.png", "settling.png", "summary.json"))
-
-
-def _can_redraw() -> bool:
-    """Return whether standard output is a terminal that can redraw a line."""
-    return sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
 def _check_writable(folder: Path) -> None:

@@ -46,7 +46,8 @@ class SaveSettings(SaveConfigCallback):
         chosen = {name: config[name] for name in ("seed_everything", "model", "data") if name in config}
         chosen["trainer"] = {name: config["trainer"][name] for name in _OF_THE_TRAINER}
         settings = flat_settings(chosen)
-        accuracies = [f"val/exact_match/depth_{depth:05d}" for depth in config["model"]["val_depths"]]
+        columns = ("peak", "escapes", *(f"depth_{depth:05d}" for depth in config["model"]["val_depths"]))
+        accuracies = [f"val/exact_match/{column}" for column in columns]
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 _show_in_tensorboard(logger, settings, accuracies)

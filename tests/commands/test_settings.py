@@ -72,9 +72,9 @@ def test_the_hparams_tab_has_settings_beside_accuracies(events: Any) -> None:
     assert session.hparams["model.objective.penalty"].string_value == "none"
     experiment = content("_hparams_/experiment").experiment
     assert [metric.name.tag for metric in experiment.metric_infos] == [
-        "val/exact_match/depth_00001",
-        "val/exact_match/depth_00004",
+        f"val/exact_match/{name}" for name in ("peak", "escapes", "depth_00001", "depth_00004")
     ]
+    assert {metric.name.tag for metric in experiment.metric_infos} <= set(events.Tags()["scalars"])
 
 
 def test_other_loggers_get_the_same_settings(run: Path) -> None:
