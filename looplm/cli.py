@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        if not args or args[0] in ("-h", "--help"):
+        if not args or args[0] in ("-h", "--help", "help"):
             sys.stdout.write(_help())
             return 0
         if args[0] == "--version":
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             importlib.import_module("looplm.commands.lightning").run(args)
             return 0
         known = [*LIGHTNING, *OWN]
-        hint = nearest(command, known) or "."
+        hint = nearest(f"{command.lower()} ", known) or "."  # with a space: FIT is near fit, and not left out
         raise InputError(f"unknown command {command!r}: the commands are {', '.join(known)}{hint}")
     except InputError as error:
         sys.stderr.write(f"looplm: error: {' '.join(str(error).split())}\n")

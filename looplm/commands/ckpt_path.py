@@ -56,7 +56,7 @@ def _read_keys(path: Path) -> Iterable[str]:
     if path.is_dir():
         raise InputError(f"`ckpt_path` must be a checkpoint file or a run directory with one, got {str(path)!r}.")
     if not path.is_file():
-        hint = nearest_path(path) or "."
+        hint = (nearest_path(path) if path.suffix or len(path.parts) > 1 else "") or "."
         raise InputError(f"`ckpt_path` must be a checkpoint file, got {str(path)!r}, which does not exist{hint}")
     try:
         # torch.load does not look at the checksums: without this, flipped bytes become weights.

@@ -10,7 +10,9 @@ import torch
 
 from looplm.checkpoints import load_checkpoint, save_pretrained
 from looplm.commands.arguments import Parser
+from looplm.commands.messages import nearest_path
 from looplm.commands.next_step import command_line, explore_model_line, last_of_run, run_config
+from looplm.errors import InputError
 from looplm.pretrained_folder import read_origin
 
 __all__ = ["make_parser", "run"]
@@ -38,13 +40,19 @@ def make_parser() -> Parser:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run the command; for its options see ``--help``."""
+    """Run the command; for its options see ``--help``.
+
+    Raises:
+        InputError: If there is no such checkpoint, or the directory cannot be written.
+    """
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.num_loops is not None and args.num_loops < 1:
         parser.error(f"`--num_loops` must be >= 1, got {args.num_loops}")
     origin = None if args.like is None else read_origin(args.like)
     checkpoint = last_of_run(args.checkpoint)
+    if not checkpoint.exists():
+        raise InputError(f"checkpoint {str(checkpoint)!r} does not exist{nearest_path(checkpoint) or '.'}")
     model = load_checkpoint(checkpoint)
     if args.dtype is not None:
         model.to(getattr(torch, args.dtype))

@@ -363,7 +363,7 @@ def run(argv: Sequence[str]) -> LoopLMCLI:
             args=list(argv),
         )
     except MisconfigurationException as error:  # Lightning's word for an error of the user's
-        raise InputError(str(error)) from error
+        raise InputError(condense(str(error))) from error
     except SIGTERMException as ended:
         raise SystemExit(ended.args[0] if ended.args else 128 + signal.SIGTERM) from None
     except RuntimeError as error:

@@ -23,6 +23,9 @@ _GIVEN = re.compile(r"(?:Got|Given) value: (.*)\s*\Z")
 _NAME = re.compile(r"Expected a dot import path string: (\S+)")
 _OPTION = re.compile(r"Option '([^']+)' is not accepted")
 _FILE = re.compile(r"File does not exist: '(.+)'")
+_REQUIREMENT = re.compile(r"class_path '(?:\w+\.)*(\w+)':\s+(Requirement .*)")
+_KIND = re.compile(r"Expected a <class '([\w.]+)'>")
+_OBJECT = re.compile(r"<(?:\w+\.)*(\w+) object at 0x\w+>")
 _UNRECOGNIZED = re.compile(r"unrecognized arguments: --([\w.]+)")
 
 
@@ -81,6 +84,7 @@ def condense(message: str, options: Iterable[str] = (), names: Iterable[str] = (
         >>> condense("Parser key \"a.b\":\n  Expected a <class 'int'>. Got value: x")
         '`a.b` must be int, got x'
     """
+    message = _OBJECT.sub(r"\1", message)
     found = _UNRECOGNIZED.match(message)
     if found:
         return f"unknown option --{found[1]}{nearest(f'--{found[1]}', (f'--{option}' for option in options))}"
@@ -89,8 +93,15 @@ def condense(message: str, options: Iterable[str] = (), names: Iterable[str] = (
     if not bullets:
         # No alternatives, or only those that are no help: the words after the last key.
         bullets = [_KEY.split(message)[-1].strip()] if not _BULLET.search(message) else []
-    if any(bullet.startswith("Expected a typing.Literal") for bullet in bullets):
+    kinds = [found[1] for bullet in bullets if (found := _KIND.fullmatch(bullet))]
+    given = _GIVEN.search(message)
+    if found := _REQUIREMENT.search(message):
+        reasons = [f"{found[1]} cannot be made: {found[2]}"]
+    elif any(bullet.startswith("Expected a typing.Literal") for bullet in bullets):
         reasons = [_choices(bullets, message)]
+    elif kinds and given and any(_NAME.fullmatch(bullet) for bullet in bullets):
+        # A number, or an object that nobody meant.
+        reasons = [f"must be {' or '.join(kinds)}, got {given[1]}"]
     else:
         reasons = [_reason(bullet, options, names) for bullet in dict.fromkeys(bullets)]
     if not reasons:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import looplm
-from looplm.commands.messages import nearest
+from looplm.commands.messages import nearest, nearest_path
 from looplm.errors import InputError
 
 __all__ = [
@@ -92,7 +92,8 @@ def run_stamp(configs: Path | Sequence[Path], options: Sequence[str]) -> dict[st
         try:
             text = config.read_bytes()
         except OSError as error:
-            raise InputError(f"config {str(config)!r} cannot be read: {error.strerror}.") from None
+            hint = nearest_path(config) or "."
+            raise InputError(f"config {str(config)!r} cannot be read: {error.strerror}{hint}") from None
         # The length tells two configs from one config that is their concatenation.
         settings.update(f"{len(text)}\0".encode() + text)
     settings.update("\0".join(["", *options]).encode())

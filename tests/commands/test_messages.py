@@ -26,6 +26,8 @@ from looplm.commands.messages import condense
             "`model.objective.depth_sampler` must name a class, got FixdDepth; did you mean FixedDepth?",
         ),
         ("--data=Foo", "`data` must name a class, got Foo"),
+        ("--model.optimizer.init_args.lr=nan", "`model.optimizer`: `lr` must be float, got nan"),
+        ("--trainer.barebones=true", "`Trainer(barebones=True, logger=RunTensorBoard)` was passed."),
         (
             "--model.config.norm_type=rms_nrom",
             "`model.config.norm_type` must be one of layer_norm, rms_norm, simple_norm, got rms_nrom; "
