@@ -313,10 +313,10 @@ class LoopLMCLI(LightningCLI):
         root, path = Path(self._run_config.trainer.default_root_dir), self._run_config.ckpt_path
         if path is None or Path(path) == root / "checkpoints" / "last.ckpt":
             return command_line("explore", root)
-        # Of no run, it does not know how problems are written; this run's config may.
-        config = run_config(Path(path)) or root / "config.yaml"
-        of_another = not run_config(Path(path)) and config.is_file()
-        return command_line("explore", path, *(["--config", config] if of_another else []))
+        config = root / "config.yaml"
+        if run_config(Path(path)) is None and config.is_file():  # of no run, it does not know how problems are written
+            return command_line("explore", path, "--config", config)
+        return command_line("explore", path)
 
 
 def _curve_files(stage: str) -> str:

@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -58,6 +59,11 @@ def test_every_run_says_a_next_command_that_works(
     other = next((root / "checkpoints").glob("epoch*.ckpt"))
     assert main([*predict, f"--ckpt_path={other}"]) == 0
     assert _told(caplog) == [["explore", str(other)]]
+    # Weights of no run are opened with the config of the run that was tested.
+    alone = tmp_path / "weights.ckpt"
+    shutil.copy(other, alone)
+    assert main([*predict, f"--ckpt_path={alone}"]) == 0
+    assert _told(caplog) == [["explore", str(alone), "--config", str(root / "config.yaml")]]
     capsys.readouterr()
     assert main(["compare", str(root), f"--output={tmp_path / 'out'}"]) == 0
     assert shlex.split(NEXT.findall(capsys.readouterr().out)[0])[3:] == explore
