@@ -61,9 +61,15 @@ def test_many_depths_cost_one_pass_and_equal_separate_runs():
         torch.testing.assert_close(state.hidden, closed_form(depth))
 
 
-@pytest.mark.parametrize("depths", [[], [-1, 2], [2, 2], [3, 1]])
-def test_depths_that_do_not_increase_are_refused_by_name(depths):
-    with pytest.raises(ValueError, match="`val_depths` must be non-negative and strictly increasing"):
+@pytest.mark.parametrize(
+    ("depths", "named"),
+    [
+        ([], "name at least one depth"),
+        *((bad, "be non-negative and strictly increasing") for bad in ([-1, 2], [2, 2], [3, 1])),
+    ],
+)
+def test_depths_that_do_not_increase_are_refused_by_name(depths, named):
+    with pytest.raises(ValueError, match=f"`val_depths` must {named}"):
         check_depths("val_depths", depths)
     with pytest.raises(ValueError, match="`depths`"):
         list(unroll_at(Affine(), LoopState(H0), depths))

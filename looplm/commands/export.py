@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,7 +52,7 @@ def run(argv: Sequence[str]) -> int:
         parser.error(f"`--num_loops` must be >= 1, got {args.num_loops}")
     origin = None if args.like is None else read_origin(args.like)
     checkpoint = last_of_run(args.checkpoint)
-    if not checkpoint.exists():
+    if not os.path.exists(checkpoint):
         raise InputError(f"checkpoint {str(checkpoint)!r} does not exist{nearest_path(checkpoint) or '.'}")
     model = load_checkpoint(checkpoint)
     if args.dtype is not None:

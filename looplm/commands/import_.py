@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ def run(argv: Sequence[str]) -> int:
         InputError: If the directory is no model, or the file is there already.
     """
     args = make_parser().parse_args(argv)
-    if args.output.exists():
+    if os.path.exists(args.output):
         raise InputError(f"{str(args.output)!r} exists already.")
     model = from_pretrained(args.source)
     save_checkpoint(model, args.output)

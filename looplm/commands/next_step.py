@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -38,7 +39,7 @@ def last_of_run(path: Path) -> Path:
         PosixPath('no/such.ckpt')
     """
     last = path / "checkpoints" / "last.ckpt"
-    return last if last.exists() else path
+    return last if os.path.exists(last) else path  # where pathlib raises over a long name
 
 
 def explore_model_line(model: Path, *, has_tokenizer: bool, config: Path | None = None) -> str:
