@@ -25,6 +25,7 @@ from looplm import (
     STARSObjective,
     UniformDepth,
 )
+from looplm.callbacks.preemption import SaveOnSignal
 from looplm.cli import main
 from looplm.corpora.arithmetic import DigitStage
 from looplm.depth import DepthStage
@@ -249,6 +250,36 @@ def test_what_went_on_from_its_own_checkpoint_is_saved_as_a_run_from_the_beginni
     assert main([*other, f"--trainer.default_root_dir={tmp_path / 'other'}"]) == 0
     kept = yaml.safe_load((tmp_path / "other" / "config.yaml").read_text())["ckpt_path"]
     assert kept == str(tmp_path / "run" / "checkpoints" / "last.ckpt")
+
+
+@pytest.mark.parametrize("before", [signal.SIG_IGN, signal.default_int_handler], ids=["background", "foreground"])
+def test_ctrl_c_is_taken_over_for_the_run_unless_it_is_ignored(tmp_path: Path, before: Any) -> None:
+    seen: list[Any] = []
+
+    class Look(SaveOnSignal):
+        def on_train_batch_end(self, *args: Any) -> None:
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    data = ArithmeticDataModule(min_digits=2, max_digits=2, batch_size=4, num_val=4)
+    was = signal.signal(signal.SIGINT, before)
+    try:
+        trainer = L.Trainer(
+            default_root_dir=tmp_path,
+            accelerator="cpu",
+            max_steps=1,
+            limit_val_batches=0,
+            callbacks=[Look()],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(_module(STARSObjective(depth_sampler=FixedDepth(1)), 0.0, data), data)
+        assert signal.getsignal(signal.SIGINT) == before
+    finally:
+        signal.signal(signal.SIGINT, was)
+    assert (seen == [before]) == (before == signal.SIG_IGN)
+    assert (signal.SIG_IGN in seen) == (before == signal.SIG_IGN)
 
 
 def test_second_fit_in_a_directory_replaces_the_last_checkpoint(tmp_path: Path, write_config: Any) -> None:

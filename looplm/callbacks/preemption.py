@@ -60,8 +60,11 @@ class SaveOnSignal(L.Callback):
                 trainer.strategy.launcher.kill(number)  # the processes that Lightning started for other ranks
             self.received = number
 
-        for number in {signal.SIGTERM, signal.SIGINT, self._requeue_signal} - {None}:
-            signal.signal(number, receive)  # type: ignore[arg-type]
+        numbers = {signal.SIGTERM, self._requeue_signal or signal.SIGTERM}
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as it is where a shell runs this in the background
+            numbers.add(signal.SIGINT)
+        for number in numbers:
+            signal.signal(number, receive)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
