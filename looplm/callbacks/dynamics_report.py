@@ -38,7 +38,7 @@ class DynamicsTable:
         >>> batches = [{"residual": torch.tensor([[0.5, 0.25], [0.1, 0.3]])}]  # (depths, sequences)
         >>> table = DynamicsTable.gather([1, 4], batches)
         >>> {key: round(value, 3) for key, value in table.scalars("val").items()}
-        {'val/residual/depth_00001': 0.375, 'val/residual/depth_00004': 0.2}
+        {'val/dynamics/residual/depth_00001': 0.375, 'val/dynamics/residual/depth_00004': 0.2}
     """
 
     depths: list[int]
@@ -81,9 +81,9 @@ class DynamicsTable:
         return cls(depths, int(count[0, 0]), *by_name)
 
     def scalars(self, prefix: str) -> dict[str, float]:
-        """Return the means under their log keys, ``{prefix}/residual/depth_00008``; undefined ones are left out."""
+        """Return the means under their log keys, ``{prefix}/dynamics/residual/depth_00008``; undefined are left out."""
         return {
-            f"{prefix}/{name}/depth_{depth:05d}": value
+            f"{prefix}/dynamics/{name}/depth_{depth:05d}": value
             for name in QUANTITIES
             if name in self.mean
             for depth, value in zip(self.depths, self.mean[name], strict=True)

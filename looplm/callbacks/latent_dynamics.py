@@ -82,11 +82,11 @@ class LatentDynamicsMonitor(L.Callback):
     On the first ``num_sequences`` sequences of each of the first ``num_batches`` batches of every validation and test
     set it runs the loop itself, in evaluation mode, without gradient, on all ranks. It logs, as means over sequences,
 
-    - ``{stage}/residual/depth_00008``: ``‖Φ(h) − h‖ / ‖Φ(h)‖``;
-    - ``{stage}/state_norm/…``: ``‖h‖`` over real positions;
-    - ``{stage}/mean_gain/…``: ``E‖Jv‖²`` over random unit v;
-    - ``{stage}/spectral_norm/…`` and ``{stage}/spectral_radius/…``: the largest singular value and ``|eigenvalue|``;
-    - ``{stage}/lyapunov_exponent/…``: mean growth of a small perturbation since depth 0, nats per loop;
+    - ``{stage}/dynamics/residual/depth_00008``: ``‖Φ(h) − h‖ / ‖Φ(h)‖``;
+    - ``…/state_norm/…``: ``‖h‖`` over real positions;
+    - ``…/mean_gain/…``: ``E‖Jv‖²`` over random unit v;
+    - ``…/spectral_norm/…`` and ``…/spectral_radius/…``: the largest singular value and ``|eigenvalue|``;
+    - ``…/lyapunov_exponent/…``: mean growth of a small perturbation since depth 0, nats per loop;
 
     gives figures to every logger that takes them; and writes ``{stage}_dynamics.csv`` (mean, smallest and largest
     sequence) and ``{stage}_residual.png``, ``_state_norm.png``, ``_gains.png``, ``_lyapunov.png``, ``_paths_2d.png``,

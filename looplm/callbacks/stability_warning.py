@@ -13,7 +13,7 @@ from looplm.callbacks.latent_dynamics import LatentDynamicsMonitor
 
 __all__ = ["StabilityWarning", "stability_problems"]
 
-_KEY = re.compile(r"(?P<prefix>.+)/(?P<quantity>spectral_radius|residual)/depth_(?P<depth>\d+)")
+_KEY = re.compile(r"(?P<prefix>.+)/dynamics/(?P<quantity>spectral_radius|residual)/depth_(?P<depth>\d+)")
 
 
 def stability_problems(

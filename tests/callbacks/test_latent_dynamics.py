@@ -106,18 +106,18 @@ def test_known_quantities_are_logged_and_written(tmp_path: Path, how: str) -> No
     logged = _logged(trainer)
     gain = EIGENVALUES.square().mean().item()
     for row, depth in zip(_rows(tmp_path / f"{stage}_dynamics.csv"), DEPTHS, strict=True):
-        assert logged[f"{stage}/spectral_radius/depth_{depth:05d}"] == pytest.approx(0.8, rel=1e-3)
-        assert logged[f"{stage}/spectral_norm/depth_{depth:05d}"] == pytest.approx(0.8, rel=1e-3)
+        assert logged[f"{stage}/dynamics/spectral_radius/depth_{depth:05d}"] == pytest.approx(0.8, rel=1e-3)
+        assert logged[f"{stage}/dynamics/spectral_norm/depth_{depth:05d}"] == pytest.approx(0.8, rel=1e-3)
         error = float(row["mean_gain_standard_error"])
-        assert abs(logged[f"{stage}/mean_gain/depth_{depth:05d}"] - gain) < 5 * error
-        assert logged[f"{stage}/lyapunov_exponent/depth_{depth:05d}"] < 0
+        assert abs(logged[f"{stage}/dynamics/mean_gain/depth_{depth:05d}"] - gain) < 5 * error
+        assert logged[f"{stage}/dynamics/lyapunov_exponent/depth_{depth:05d}"] < 0
         assert (row["split"], row["depth"], row["num_sequences"]) == (stage, str(depth), "2")
         for name in ("residual", "state_norm", "spectral_radius"):
             mean = float(row[name])
-            assert mean == pytest.approx(logged[f"{stage}/{name}/depth_{depth:05d}"], rel=1e-5)
+            assert mean == pytest.approx(logged[f"{stage}/dynamics/{name}/depth_{depth:05d}"], rel=1e-5)
             assert float(row[f"{name}_min"]) <= mean * (1 + 1e-6)
             assert mean <= float(row[f"{name}_max"]) * (1 + 1e-6)
-    assert logged[f"{stage}/residual/depth_00004"] < logged[f"{stage}/residual/depth_00001"]
+    assert logged[f"{stage}/dynamics/residual/depth_00004"] < logged[f"{stage}/dynamics/residual/depth_00001"]
     written = {path.name.removeprefix(f"{stage}_") for path in tmp_path.iterdir()}
     figures = {f"{name}.png" for name in ("residual", "state_norm", "gains", "lyapunov", "paths_2d", "paths_3d")}
     assert written == {"dynamics.csv", *figures}
@@ -141,7 +141,7 @@ def test_figures_and_scalars_reach_tensorboard(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "board"))
     events.Reload()
     assert "val/dynamics/residual" in events.Tags()["images"]
-    assert events.Scalars("val/spectral_radius/depth_00004")[-1].value == pytest.approx(0.8, rel=1e-3)
+    assert events.Scalars("val/dynamics/spectral_radius/depth_00004")[-1].value == pytest.approx(0.8, rel=1e-3)
     assert (tmp_path / "board" / "val_dynamics.csv").is_file()
 
 
@@ -167,7 +167,7 @@ def test_training_flags_and_random_state_are_as_before(tmp_path: Path) -> None:
     trainer = _trainer(tmp_path, Watch(), _monitor(), limit_val_batches=1)
     trainer.validate(model, _loader(), verbose=False)
     # With dropout on, the radius would not be that of the map.
-    assert _logged(trainer)["val/spectral_radius/depth_00004"] == pytest.approx(0.8, rel=1e-3)
+    assert _logged(trainer)["val/dynamics/spectral_radius/depth_00004"] == pytest.approx(0.8, rel=1e-3)
 
 
 def test_numbers_are_a_function_of_the_seed_alone(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_what_is_switched_off_is_not_logged(tmp_path: Path) -> None:
     monitor = _monitor(num_products=0, num_samples=0, num_iterations=0, with_lyapunov=False)
     trainer = _trainer(tmp_path, monitor)
     trainer.test(Foreign(), _loader(), verbose=False)
-    assert {key.split("/")[1] for key in _logged(trainer)} == {"residual", "state_norm"}
+    assert {key.split("/")[2] for key in _logged(trainer)} == {"residual", "state_norm"}
     assert [path.name for path in tmp_path.iterdir()] == ["test_dynamics.csv"]
 
 
@@ -226,14 +226,14 @@ def test_dataloaders_are_told_apart(tmp_path: Path) -> None:
     trainer = _trainer(tmp_path, _monitor())
     trainer.validate(Foreign(), [_loader(), _loader()], verbose=False)
     logged = _logged(trainer)
-    assert {"val/residual/depth_00004", "val/set1/residual/depth_00004"} <= set(logged)
+    assert {"val/dynamics/residual/depth_00004", "val/set1/dynamics/residual/depth_00004"} <= set(logged)
     assert [row["split"] for row in _rows(tmp_path / "val_dynamics.csv")] == ["val", "val", "set1", "set1"]
 
 
 def test_name_of_the_evaluation_set_is_that_of_the_outputs(tmp_path: Path) -> None:
     trainer = _trainer(tmp_path, _monitor(with_figures=True), DepthAccuracyCurve())
     trainer.validate(Foreign(split="hard"), _loader(), verbose=False)
-    assert {"val/hard/residual/depth_00004", "val/hard/exact_match/depth_00004"} <= set(_logged(trainer))
+    assert {"val/hard/dynamics/residual/depth_00004", "val/hard/exact_match/depth_00004"} <= set(_logged(trainer))
     assert (tmp_path / "val_accuracy_and_stability.png").exists()
 
 
@@ -248,7 +248,7 @@ def test_looped_model_may_be_made_of_the_module(tmp_path: Path) -> None:
 
     trainer = _trainer(tmp_path, _monitor(looped_model_fn=lambda module: module.inner))
     trainer.test(Wraps(), _loader(), verbose=False)
-    assert _logged(trainer)["test/spectral_radius/depth_00004"] == pytest.approx(1.2, rel=1e-3)
+    assert _logged(trainer)["test/dynamics/spectral_radius/depth_00004"] == pytest.approx(1.2, rel=1e-3)
     with pytest.raises(TypeError, match=r"Wraps lacks \['embed', 'step', 'decode'\]: define them .*looped_model_fn"):
         _trainer(tmp_path, _monitor()).test(Wraps(), _loader(), verbose=False)
 
@@ -263,15 +263,15 @@ def test_batches_without_ids_are_an_error_that_names_the_fix(tmp_path: Path) -> 
         _trainer(tmp_path, _monitor()).test(Other(), images, verbose=False)
     trainer = _trainer(tmp_path, _monitor(inputs_fn=lambda batch: (batch, None)))
     trainer.test(Other(), images, verbose=False)
-    assert math.isfinite(_logged(trainer)["test/residual/depth_00004"])
+    assert math.isfinite(_logged(trainer)["test/dynamics/residual/depth_00004"])
 
 
 def test_a_state_that_overflows_is_reported_not_an_error(tmp_path: Path) -> None:
     trainer = _trainer(tmp_path, _monitor(num_eigenvalues=1, with_figures=True))
     trainer.test(Foreign(scale=1e8), _loader(), verbose=False)
     logged = _logged(trainer)
-    assert math.isfinite(logged["test/residual/depth_00001"])
-    assert not math.isfinite(logged["test/residual/depth_00004"])
+    assert math.isfinite(logged["test/dynamics/residual/depth_00001"])
+    assert not math.isfinite(logged["test/dynamics/residual/depth_00004"])
     assert (tmp_path / "test_gains.png").exists()
 
 

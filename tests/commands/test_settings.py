@@ -50,7 +50,7 @@ def test_every_logger_gets_the_same_scalars(run: Path, events: Any) -> None:
         written = {int(row["step"]): float(row[tag]) for row in rows if row[tag]}
         assert written == pytest.approx(logged), tag
     assert tags == rows[0].keys() - {"step"}
-    assert {"train/loss", "val/exact_match/depth_00004", "val/residual/depth_00004"} <= tags
+    assert {"train/loss", "val/exact_match/depth_00004", "val/dynamics/residual/depth_00004"} <= tags
 
 
 def test_no_scalar_is_one_that_nobody_measured(events: Any) -> None:

@@ -97,15 +97,15 @@ def test_it_gets_curve_and_dynamics(finished: tuple[Path, Path, Any]) -> None:
     for depth in (1, 16):
         assert 0 <= logged[f"val/exact_match/depth_{depth:05d}"] <= 1
         for name in ("residual", "state_norm", "mean_gain", "spectral_norm", "spectral_radius", "lyapunov_exponent"):
-            assert math.isfinite(logged[f"val/{name}/depth_{depth:05d}"])
+            assert math.isfinite(logged[f"val/dynamics/{name}/depth_{depth:05d}"])
         # What holds for every Jacobian: ρ ≤ ‖J‖₂, and the mean gain is a mean of squared singular values.
-        norm = logged[f"val/spectral_norm/depth_{depth:05d}"]
-        assert logged[f"val/spectral_radius/depth_{depth:05d}"] <= 1.01 * norm
-        assert logged[f"val/mean_gain/depth_{depth:05d}"] <= 1.01 * norm**2
+        norm = logged[f"val/dynamics/spectral_norm/depth_{depth:05d}"]
+        assert logged[f"val/dynamics/spectral_radius/depth_{depth:05d}"] <= 1.01 * norm
+        assert logged[f"val/dynamics/mean_gain/depth_{depth:05d}"] <= 1.01 * norm**2
     assert [row["depth"] for row in _rows(folder / "val_dynamics.csv")] == ["1", "16"]
     assert [row["depth"] for row in _rows(folder / "val_curve.csv")] == ["1", "16"]
     for row in _rows(folder / "val_dynamics.csv"):
-        key = f"val/spectral_radius/depth_{int(row['depth']):05d}"
+        key = f"val/dynamics/spectral_radius/depth_{int(row['depth']):05d}"
         assert float(row["spectral_radius"]) == pytest.approx(logged[key], rel=1e-5)
     figures = ["curve", "residual", "state_norm", "gains", "lyapunov", "paths_2d", "paths_3d", "accuracy_and_stability"]
     for name in figures:
