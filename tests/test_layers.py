@@ -1,7 +1,10 @@
+import copy
+import warnings
 from typing import get_args
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from looplm.config import LoopedConfig, NormPlacement
 from looplm.layers import Attention, Block, FeedForward, Norm, rotary_angles, rotate_half_split
@@ -49,6 +52,45 @@ def test_rms_norm_in_half_precision_rounds_before_the_gain(dtype):
     assert torch.equal(norm(x), expected)
     once = torch.nn.functional.rms_norm(x, (WIDTH,), norm.weight, 1e-6)
     assert not torch.equal(norm(x), once)  # what a fused kernel gives
+
+
+def test_rms_norm_under_autocast_is_that_of_the_wider_weights():
+    # The branch of a sandwich block comes in bfloat16, the gain is float32.
+    norm = Norm(config(norm_type="rms_norm"))
+    x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns where it has no fused kernel
+        assert torch.equal(norm(x), norm(x.float()))
+
+
+class AttentionDtypes(TorchFunctionMode):
+    """Notes the type in which attention is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            self.seen.append(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_short_rows_of_bfloat16_are_attended_to_in_float32_where_a_cpu_differentiates(autocast):
+    torch.manual_seed(0)
+    wide = Attention(config())
+    x = torch.randn(2, LENGTH, WIDTH)
+    narrow = wide if autocast else copy.deepcopy(wide).bfloat16()
+    y = x if autocast else x.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), AttentionDtypes() as trained:
+        output = narrow(y, None, None)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), AttentionDtypes() as evaluated, torch.no_grad():
+        narrow(y, None, None)
+    assert (trained.seen, evaluated.seen, output.dtype) == ([torch.float32], [torch.bfloat16], torch.bfloat16)
+    (expected,) = torch.autograd.grad(wide(x, None, None).sum(), wide.qkv.weight)
+    (found,) = torch.autograd.grad(output.sum(), narrow.qkv.weight)
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.02 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("placement", get_args(NormPlacement))

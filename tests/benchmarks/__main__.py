@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.profile:
         for width in (256, 512):
-            sys.stdout.write(f"width {width}\n{step_profile(width, 2 if options.quick else 10)}\n")
+            sys.stdout.write(f"{step_profile(width, 2 if options.quick else 10)}\n\n")
         return 0
     rows: list[tuple[str, Row]] = []
     for name in options.only:

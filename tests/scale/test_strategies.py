@@ -146,6 +146,19 @@ def test_run_goes_on_with_another_number_of_processes(
         torch.testing.assert_close(state["momentum_buffer"], momenta[1][number]["momentum_buffer"], atol=1e-5, rtol=0)
 
 
+def test_muon_sees_whole_matrices_where_parameters_are_sharded(base: Path, tmp_path: Path) -> None:
+    # Without a penalty nothing but the samples depends on the rank: batches of 4 on two are batches of 8 on one.
+    argv = ["fit", "--config", base, "--model.objective.penalty=null", "--model.objective.penalty_weight=0"]
+    # A bias of keys has no gradient but rounding, which AdamW would make steps of.
+    argv += ["--model.optimizer=MuonAdamW", "--model.optimizer.lr=0.02", "--model.config.use_bias=false"]
+    two = ["--config", "conf/overlays/fsdp.yaml", *TWO_ON_CPU, "--data.batch_size=4"]
+    run_looplm(*argv, *two, f"--trainer.default_root_dir={tmp_path / 'two'}", num_ranks=2)
+    one = [*argv, "--data.batch_size=8", f"--trainer.default_root_dir={tmp_path / 'one'}"]
+    assert main([str(part) for part in one]) == 0
+    found, expected = (saved(tmp_path / name, STEPS)["state_dict"] for name in ("two", "one"))
+    assert largest_difference(found, expected) <= 1e-5
+
+
 def test_sharded_checkpoint_becomes_the_file_that_one_process_would_have_written(
     base: Path, tmp_path: Path, trained: Any
 ) -> None:
