@@ -15,6 +15,7 @@ Train
     ArithmeticDataModule, MathDataModule   sums made by index; corpora of problems and solutions
     STARSObjective                         cross-entropy and a penalty, at a depth that is drawn
     Penalty                                to subclass: JacobianPenalty, LastStepPenalty, StarsReleasePenalty
+    SettlingPenalty                        in a penalty's place: the residual learns to tell when a token is done
     DepthSampler                           to subclass: FixedDepth, UniformDepth, PoissonDepth, LogNormalDepth,
                                            LogUniformDepth; ScheduledDepth of DepthStage follows the steps
     NonFiniteGuard, SaveOnSignal, ProgressLines, ThroughputMeter
@@ -105,6 +106,7 @@ _HOME = {
     "SaveOnSignal": "looplm.callbacks.preemption",
     "ScheduledDepth": "looplm.depth",
     "ShardedStrategy": "looplm.strategy",
+    "SettlingPenalty": "looplm.stability.settling",
     "StabilityWarning": "looplm.callbacks.stability_warning",
     "StarsReleasePenalty": "looplm.stability.penalty",
     "ThroughputMeter": "looplm.callbacks.throughput",
@@ -184,6 +186,7 @@ if TYPE_CHECKING:
     from looplm.scoring import log_likelihoods_at_depths, predictions_at_depths
     from looplm.stability.estimators import mean_gain, spectral_norm, spectral_radius
     from looplm.stability.penalty import JacobianPenalty, LastStepPenalty, Penalty, StarsReleasePenalty
+    from looplm.stability.settling import SettlingPenalty
     from looplm.stability.spectra import exact_spectrum, leading_eigenvalues
     from looplm.strategy import ShardedStrategy
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from looplm.config import LoopedConfig
 from looplm.stability.penalty import JacobianPenalty, Penalty
+from looplm.stability.settling import SettlingPenalty
 
 __all__ = ["forward_flops", "penalty_flops", "training_flops"]
 
@@ -119,7 +120,7 @@ def training_flops(
     return forward + 2 * backward - without
 
 
-def penalty_flops(config: LoopedConfig, batch_size: int, length: int, penalty: Penalty) -> int:
+def penalty_flops(config: LoopedConfig, batch_size: int, length: int, penalty: Penalty | SettlingPenalty) -> int:
     """Return the FLOPs of a stability term and of its gradient.
 
     Exact where Jacobian products are finite differences, two evaluations of the step each. The other products are taken
@@ -136,7 +137,7 @@ def penalty_flops(config: LoopedConfig, batch_size: int, length: int, penalty: P
         >>> penalty_flops(config, 8, 5, JacobianPenalty(fraction=0.25))  # 2 sequences, 2 evaluations, 3 passes
         264960
     """
-    if penalty.method is None:
+    if isinstance(penalty, SettlingPenalty) or penalty.method is None:
         return 0
     rows = max(1, round(penalty.fraction * batch_size))
     step = _step(config, rows, length)

@@ -6,7 +6,7 @@ Knows the contract of looped models, not the transformer, and nothing of Lightni
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from looplm.depth import DepthSampler
-from looplm.loop import CachedLoopedModel, LastStepModel, LoopedModel, LoopState, SegmentLength, last_states
+from looplm.loop import (
+    CachedLoopedModel,
+    Hidden,
+    LastStepModel,
+    LoopedModel,
+    LoopState,
+    SegmentLength,
+    last_states,
+    unroll,
+)
 from looplm.randomness import StepKey
 from looplm.stability.penalty import Penalty
+from looplm.stability.settling import SettlingPenalty
 
-__all__ = ["ObjectiveOutput", "STARSObjective", "stability_term"]
+__all__ = ["ObjectiveOutput", "STARSObjective", "settling_term", "stability_term"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +98,7 @@ class STARSObjective:
 
     depth_sampler: DepthSampler
     """The distribution of t."""
-    penalty: Penalty | None = None
+    penalty: Penalty | SettlingPenalty | None = None
     """The stability term; None: cross-entropy alone."""
     penalty_weight: float = 0.0
     """The final λ, in [0, 1]; the paper uses 0.1."""
@@ -129,6 +139,8 @@ class STARSObjective:
         length = self.checkpoint_loops
         if length is not None and length != "sqrt" and (isinstance(length, str) or length < 1):
             raise ValueError(f"`checkpoint_loops` must be >= 1, 'sqrt' or null, got {length!r}.")
+        if length is not None and isinstance(self.penalty, SettlingPenalty):
+            raise ValueError(f"`checkpoint_loops` must be null: a SettlingPenalty reads every state, got {length!r}.")
 
     def weight_at(self, optimizer_step: int) -> float:
         """Return λ at an optimiser step."""
@@ -162,19 +174,23 @@ class STARSObjective:
             backprop_loops = None if self.backprop_loops is None else self.backprop_loops - 1
             _, previous = last_states(model, state, depth - 1, backprop_loops, self.checkpoint_loops)
             logits, num_queries = model.step_and_decode(previous, labelled)
+        elif isinstance(self.penalty, SettlingPenalty) and is_penalized:
+            states = list(unroll(model, state, depth, self.backprop_loops))
+            logits = _logits(model, states[-1], labelled)
         else:
             previous, state = last_states(model, state, depth, self.backprop_loops, self.checkpoint_loops)
-            if isinstance(model, CachedLoopedModel):
-                logits = model.decode(state, logits_to_keep=labelled)
-            else:
-                logits = model.decode(state)[labelled]
+            logits = _logits(model, state, labelled)
         losses = F.cross_entropy(logits.float(), batch["labels"][labelled], reduction="sum")
         count = labelled.sum() if num_labels is None else num_labels
         cross_entropy = losses / count.masked_fill(count == 0, 1)  # a batch without labels gives 0, not NaN
         penalty = None
         loss = cross_entropy
         if self.penalty is not None and is_penalized:
-            penalty = stability_term(self.penalty, model, state, previous, key)
+            if isinstance(self.penalty, SettlingPenalty):
+                first = 1 if self.backprop_loops is None else max(1, depth - self.backprop_loops)
+                penalty = settling_term(self.penalty, model, states[first:], batch["labels"])
+            else:
+                penalty = stability_term(self.penalty, model, state, previous, key)
             loss = (1 - weight) * cross_entropy + weight * penalty
         return ObjectiveOutput(
             loss=loss,
@@ -223,6 +239,55 @@ def stability_term(term: Penalty, model: LoopedModel, state: LoopState, previous
     with _deterministic(model):
         generator = key.generator("penalty_vector", _leaf(state).device)
         return term(step_fn, state.hidden, previous.hidden, mask, generator)
+
+
+def settling_term(term: SettlingPenalty, model: LoopedModel, states: Sequence[LoopState], labels: Tensor) -> Tensor:
+    """Compute a settling penalty along a trajectory, at the labelled tokens.
+
+    Args:
+        term: The penalty.
+        model: Any looped model with a state at every label.
+        states: After consecutive loops; h₀, which has not been computed, is none of them.
+        labels: ``(B, …)``, −100 = ignored.
+
+    Returns:
+        The term, a scalar.
+
+    Raises:
+        ValueError: If a state is not ``(B, …, D)`` with the labels' shape in front.
+
+    Example:
+        >>> import torch
+        >>> from looplm import LoopedConfig, LoopedTransformer, SettlingPenalty, unroll
+        >>> model = LoopedTransformer(LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2, ffn_width=32))
+        >>> tokens = torch.zeros(2, 3, dtype=torch.long)
+        >>> settling_term(SettlingPenalty(), model, list(unroll(model, model.embed(tokens), 3))[1:], tokens).shape
+        torch.Size([])
+    """
+    labelled = labels != -100
+    wanted = labels[labelled]
+    trajectory = torch.stack([_at_labels(state.hidden, labelled) for state in states])
+    with torch.no_grad(), _deterministic(model):
+        is_right = torch.stack([_logits(model, state, labelled).argmax(-1) == wanted for state in states])
+    return term(trajectory, is_right)
+
+
+def _at_labels(hidden: Hidden, labelled: Tensor) -> Tensor:
+    """Return the states at labelled positions, ``(N, D)``, parts of a dict side by side."""
+    leaves = list(hidden.values()) if isinstance(hidden, dict) else [hidden]
+    for leaf in leaves:
+        if leaf.shape[: labelled.ndim] != labelled.shape:
+            raise ValueError(
+                f"a SettlingPenalty needs a state for each label, {(*labelled.shape, 'D')}, got {tuple(leaf.shape)}."
+            )
+    return torch.cat([leaf[labelled].flatten(1) for leaf in leaves], dim=-1)
+
+
+def _logits(model: LoopedModel, state: LoopState, labelled: Tensor) -> Tensor:
+    """Return the logits at labelled positions, ``(N, V)``."""
+    if isinstance(model, CachedLoopedModel):
+        return model.decode(state, logits_to_keep=labelled)
+    return model.decode(state)[labelled]
 
 
 def _leaf(state: LoopState) -> Tensor:

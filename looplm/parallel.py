@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from looplm.errors import InputError
 from looplm.stability.choice import Parallelism, possible_products
 from looplm.stability.penalty import JacobianPenalty, Penalty
+from looplm.stability.settling import SettlingPenalty
 
 __all__ = ["choose_product", "count_labels", "shard_looped"]
 
@@ -53,7 +54,7 @@ def _has_narrow_weights(trainer: L.Trainer) -> bool:
     return narrow and (isinstance(trainer.strategy, DeepSpeedStrategy) or not str(trainer.precision).endswith("mixed"))
 
 
-def choose_product(penalty: Penalty, trainer: L.Trainer) -> Penalty:
+def choose_product(penalty: Penalty | SettlingPenalty, trainer: L.Trainer) -> Penalty | SettlingPenalty:
     """Return the penalty with a product that is right under the trainer's strategy and precision, and say which.
 
     Args:
@@ -70,7 +71,7 @@ def choose_product(penalty: Penalty, trainer: L.Trainer) -> Penalty:
         >>> choose_product(JacobianPenalty(method="auto"), trainer).method
         'finite_difference'
     """
-    if penalty.method is None:
+    if isinstance(penalty, SettlingPenalty) or penalty.method is None:
         return penalty
     parallelism = _parallelism(trainer)
     possible = possible_products(parallelism, narrow_weights=_has_narrow_weights(trainer))

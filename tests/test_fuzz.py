@@ -40,6 +40,7 @@ _PENALTIES = st.one_of(
         st.sampled_from([0, 1, 2, 3]),
         st.sampled_from([0.0, 0.5, 1.0, 2.0]),
     ),
+    st.builds(lambda margin: _object("SettlingPenalty", margin=margin), st.sampled_from([-1.0, 0.0, 0.4])),
     st.sampled_from([_object("LastStepPenalty"), _object("StarsReleasePenalty"), None, _object("NoSuchPenalty")]),
 )
 _FIELDS: dict[str, st.SearchStrategy[Any]] = {

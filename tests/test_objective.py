@@ -11,9 +11,10 @@ from looplm.config import LoopedConfig
 from looplm.depth import DepthStage, FixedDepth, ScheduledDepth, UniformDepth
 from looplm.loop import LoopState
 from looplm.model import LoopedTransformer
-from looplm.objective import STARSObjective
+from looplm.objective import STARSObjective, settling_term
 from looplm.randomness import StepKey
 from looplm.stability.penalty import JacobianPenalty, LastStepPenalty, Penalty
+from looplm.stability.settling import SettlingPenalty
 
 VOCAB, WIDTH = 5, 4
 KEY = StepKey(seed=0, micro_batch=3)
@@ -228,7 +229,43 @@ def test_last_step_penalty_sends_its_gradient_through_the_trajectory(model, batc
     torch.testing.assert_close(torch.autograd.grad(out.loss, parts), torch.autograd.grad(expected, parts))
 
 
-@pytest.mark.parametrize("penalty", [LastStepPenalty(), JacobianPenalty(), JacobianPenalty(method="jvp")])
+@pytest.mark.parametrize("backprop_loops", [None, 2, 3])
+def test_settling_penalty_reads_every_state_from_the_first_that_has_a_gradient(model, batch, backprop_loops):
+    objective = STARSObjective(
+        depth_sampler=FixedDepth(4), penalty=SettlingPenalty(0.9), penalty_weight=0.25, backprop_loops=backprop_loops
+    )
+    labels = batch["labels"]
+    out = objective(model, batch, KEY)
+    h0 = model.table(batch["input_ids"])
+    asked = labels != -100
+    start = 0 if backprop_loops is None else 4 - backprop_loops
+    grown = [h0 * model.weight.detach() ** start * model.weight**power for power in range(4 - start + 1)]
+    trajectory = torch.stack([state[asked] for state in grown][1 if start == 0 else 0 :])
+    is_right = torch.stack([model.head(state).argmax(-1) == labels[asked] for state in trajectory])
+    expected = SettlingPenalty(0.9)(trajectory, is_right)
+    torch.testing.assert_close(out.penalty, expected.detach())
+    cross_entropy = F.cross_entropy(model.head(trajectory[-1]).float(), labels[asked])
+    parts = [model.weight, model.head.weight]
+    wanted = torch.autograd.grad(0.75 * cross_entropy + 0.25 * expected, parts)
+    torch.testing.assert_close(torch.autograd.grad(out.loss, parts), wanted)
+
+
+def test_settling_penalty_of_a_single_loop_is_zero(model, batch):
+    objective = STARSObjective(depth_sampler=FixedDepth(1), penalty=SettlingPenalty(), penalty_weight=0.5)
+    assert objective(model, batch, KEY).penalty.item() == 0.0
+
+
+def test_settling_penalty_needs_a_state_for_each_label_and_all_states(model, batch):
+    with pytest.raises(ValueError, match="`checkpoint_loops` must be null: a SettlingPenalty reads every state"):
+        STARSObjective(depth_sampler=FixedDepth(3), penalty=SettlingPenalty(), penalty_weight=0.5, checkpoint_loops=1)
+    states = [LoopState(torch.ones(2, 1, WIDTH)), LoopState(torch.ones(2, 1, WIDTH))]
+    with pytest.raises(ValueError, match="a state for each label"):
+        settling_term(SettlingPenalty(), model, states, torch.zeros(2, 3, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    "penalty", [LastStepPenalty(), JacobianPenalty(), JacobianPenalty(method="jvp"), SettlingPenalty()]
+)
 def test_gradient_is_finite_when_the_state_has_converged_exactly(model, batch, penalty):
     with torch.no_grad():
         model.weight.fill_(1.0)  # Φ is the identity

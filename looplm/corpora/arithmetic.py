@@ -120,6 +120,8 @@ class ArithmeticDataModule(L.LightningDataModule):
         min_digits: Fewest digits of an operand; both operands have the same number.
         max_digits: Most digits of an operand.
         digit_stages: Other digit ranges for the training stream by optimiser step; none: the range above throughout.
+        nines: Chance of each column of a sum, beside the one in ten, to be made up to nine, where a carry from the
+            right runs through; in held-out sets too. Long carries are rare in sums drawn evenly.
         template: Text form, see :class:`~looplm.corpora.problems.TextForm`.
         reverse_operands: Whether operands are written least significant digit first.
         reverse_answer: Whether the answer is written least significant digit first.
@@ -147,6 +149,7 @@ class ArithmeticDataModule(L.LightningDataModule):
         min_digits: int = 4,
         max_digits: int = 4,
         digit_stages: list[DigitStage] | None = None,
+        nines: float = 0.0,
         template: str = "{a}{op}{b}= {answer}§",
         reverse_operands: bool = False,
         reverse_answer: bool = True,
@@ -169,6 +172,10 @@ class ArithmeticDataModule(L.LightningDataModule):
             _check_digits("digit_stages", stage.min_digits, stage.max_digits)
         for digits in test_digits or []:
             _check_digits("test_digits", digits, digits)
+        if not 0 <= nines <= 1:
+            raise ValueError(f"`nines` must be in [0, 1], got {nines}.")
+        if nines and "+" not in operations:
+            raise ValueError(f"`nines` has no effect without '+' in `operations`, got {nines}.")
         for name, value in (
             ("batch_size", batch_size),
             ("eval_batch_size", eval_batch_size),
@@ -178,7 +185,7 @@ class ArithmeticDataModule(L.LightningDataModule):
             if value < 1:
                 raise ValueError(f"`{name}` must be >= 1, got {value}.")
         self.operations = tuple(operations)
-        self.min_digits, self.max_digits = min_digits, max_digits
+        self.min_digits, self.max_digits, self.nines = min_digits, max_digits, nines
         self.digit_stages = digit_stages or [DigitStage(start_step=0, min_digits=min_digits, max_digits=max_digits)]
         self.encoder = _Encoder(TextForm(template, reverse_operands, reverse_answer))
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
@@ -249,7 +256,13 @@ class ArithmeticDataModule(L.LightningDataModule):
 
     def _draw(self, key: int, indices: np.ndarray, split: Split, min_digits: int, max_digits: int) -> Problems:
         return draw_problems(
-            key, indices, operations=self.operations, min_digits=min_digits, max_digits=max_digits, split=split
+            key,
+            indices,
+            operations=self.operations,
+            min_digits=min_digits,
+            max_digits=max_digits,
+            split=split,
+            nines=self.nines,
         )
 
     def setup(self, stage: str) -> None:

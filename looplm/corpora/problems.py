@@ -87,8 +87,28 @@ def _draw_operand(key: int, indices: np.ndarray, num_digits: np.ndarray) -> np.n
     return least + (hash_uint64(key, indices) % size).astype(np.int64)
 
 
+def _with_nines(key: int, indices: np.ndarray, drawn: Problems, num_digits: np.ndarray, chance: float) -> np.ndarray:
+    """Return second operands of which some digits make nine with those above them; no operand begins with a 0."""
+    b = np.zeros_like(drawn.b)
+    for place in range(int(num_digits.max())):
+        power = 10**place
+        above, own = drawn.a // power % 10, drawn.b // power % 10
+        picked = (hash_uint64(fold(key, "place", place), indices) >> np.uint64(11)) * 2.0**-53 < chance
+        allowed = (above < 9) | (place < num_digits - 1) | (num_digits == 1)
+        changed = picked & allowed & (drawn.operation == OPERATIONS.index("+"))
+        b += np.where(changed, 9 - above, own) * power * (place < num_digits)
+    return b
+
+
 def draw_problems(
-    seed: int, indices: np.ndarray, *, operations: tuple[str, ...], min_digits: int, max_digits: int, split: Split
+    seed: int,
+    indices: np.ndarray,
+    *,
+    operations: tuple[str, ...],
+    min_digits: int,
+    max_digits: int,
+    split: Split,
+    nines: float = 0.0,
 ) -> Problems:
     """Draw problem i of a stream: a pure function of ``(seed, i)`` and the arguments.
 
@@ -102,6 +122,7 @@ def draw_problems(
         min_digits: Fewest digits of an operand.
         max_digits: Most digits of an operand.
         split: Which split the problems must belong to.
+        nines: Chance of each column of a sum, beside one in ten, to be made up to nine: there a carry runs through.
 
     Returns:
         N problems.
@@ -122,6 +143,9 @@ def draw_problems(
         operation[missing] = codes[hash_uint64(keys[1], index) % np.uint64(len(codes))]
         a[missing] = _draw_operand(keys[2], index, num_digits)
         b[missing] = _draw_operand(keys[3], index, num_digits)
+        if nines:
+            new = Problems(a, operation, b).take(missing)
+            b[missing] = _with_nines(fold(seed, "problem/nines", attempt), index, new, num_digits, nines)
         drawn = Problems(a, operation, b)
         missing = missing[~in_split(drawn.take(missing), split)]
         if not len(missing):

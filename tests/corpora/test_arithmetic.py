@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -163,6 +166,25 @@ def test_digit_stages_switch_at_their_optimiser_step() -> None:
         for step in range(7)
     ]
     assert digits == [{1}, {1}, {1}, {2}, {2}, {4}, {4}]
+
+
+@given(st.sampled_from([0.0, 0.3, 1.0]), st.integers(2, 9), st.integers(0, 100))
+def test_nines_are_columns_a_carry_runs_through(nines: float, digits: int, micro_batch: int) -> None:
+    options: dict[str, Any] = {"operations": ["+", "-"], "min_digits": digits, "max_digits": digits, "batch_size": 200}
+    plain, data = _data(**options), _data(**options, nines=nines)
+    if nines == 0.0:
+        same = zip(plain.training_batch(micro_batch).values(), data.training_batch(micro_batch).values(), strict=True)
+        assert all(torch.equal(first, second) for first, second in same)
+    sums, differences = [], []
+    for text in _texts(data, data.training_batch(micro_batch)):
+        a, operation, b = re.match(r"(\d+)([+-])(\d+)=", text).groups()  # type: ignore[union-attr]
+        assert len(a) == len(b) == digits
+        assert "0" not in (a[0], b[0])
+        columns = [int(x) + int(y) == 9 for x, y in zip(a[1:], b[1:], strict=True)]
+        (sums if operation == "+" else differences).extend(columns)
+    least = math.sqrt(0.25 / len(sums))  # a standard deviation, at most
+    assert np.mean(sums) == pytest.approx(nines + 0.1 * (1 - nines), abs=5 * least)
+    assert np.mean(differences) == pytest.approx(0.1, abs=5 * least)
 
 
 class _Reader(L.LightningModule):
@@ -368,6 +390,8 @@ def test_generated_answers_are_read_most_significant_digit_first(reverse_answer:
         ({"test_digits": [10]}, "`test_digits`"),
         ({"digit_stages": [DigitStage(start_step=0, min_digits=3, max_digits=2)]}, "`digit_stages`"),
         ({"digit_stages": [DigitStage(start_step=5, min_digits=1, max_digits=2)]}, "`digit_stages`"),
+        ({"nines": 1.5}, "`nines`"),
+        ({"operations": ["-"], "nines": 0.5}, "`nines`"),
         ({"batch_size": 0}, "`batch_size`"),
         ({"eval_batch_size": 0}, "`eval_batch_size`"),
         ({"num_val": 0}, "`num_val`"),

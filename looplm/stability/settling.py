@@ -1,0 +1,61 @@
+"""A term of the loss that makes the residual tell when a token is done.
+
+Takes states and what is right in them; knows no model, no loss and no training.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["SettlingPenalty"]
+
+
+class SettlingPenalty:
+    """Tokens that are right stand still, tokens that are not keep moving: what ``ResidualExit`` reads becomes true.
+
+    Random depths alone let a token that has its answer go on moving, and let one that waits for what others find out
+    stand still before it is right. With ``r_s = ‖h_s − h_{s−1}‖ / ‖h_s‖`` of one labelled token, the loss is the mean
+    over tokens and loops of ``r_s`` where the token is right at ``s − 1`` and stays so, of ``max(margin − r_s, 0)``
+    where it is wrong at s or later, and of 0 in between. Gradients go into the trajectory. The paper's ``‖h_t −
+    h_{t−1}‖`` of the last step (:class:`~looplm.stability.penalty.LastStepPenalty`) hurries every token instead.
+
+    Args:
+        margin: The least residual of a token that is not right yet.
+
+    Raises:
+        ValueError: If the margin is negative.
+
+    Example:
+        >>> still, moving = torch.ones(3, 1, 4), torch.tensor([1.0, 2.0, 4.0])[:, None, None].expand(3, 1, 4)
+        >>> right, wrong = torch.ones(3, 1, dtype=torch.bool), torch.zeros(3, 1, dtype=torch.bool)
+        >>> cases = [(still, right), (still, wrong), (moving, right), (moving, wrong)]
+        >>> [round(SettlingPenalty(margin=0.4)(*case).item(), 2) for case in cases]
+        [0.0, 0.4, 0.5, 0.0]
+    """
+
+    def __init__(self, margin: float = 0.4) -> None:
+        if margin < 0:
+            raise ValueError(f"`margin` must be >= 0, got {margin}.")
+        self.margin = margin
+
+    def __call__(self, trajectory: Tensor, is_right: Tensor) -> Tensor:
+        """Return the penalty, a scalar; 0 without two states or without tokens.
+
+        Args:
+            trajectory: States of N labelled tokens after consecutive loops, ``(S, N, D)``.
+            is_right: Whether the likeliest token there is the label, bool ``(S, N)``.
+        """
+        if len(trajectory) < 2 or trajectory.shape[1] == 0:
+            return trajectory.new_zeros((), dtype=torch.float32)
+        stays_right = is_right.flip(0).cummin(0).values.flip(0)
+        states = trajectory.float()
+        # The length has no gradient at zero.
+        length = (states.diff(dim=0).square().sum(-1) + _TINY).sqrt()
+        residual = length / states[1:].detach().norm(dim=-1).clamp_min(_TINY)
+        waits = (self.margin - residual).clamp_min(0)
+        penalty: Tensor = (residual * stays_right[:-1] + waits * ~stays_right[1:]).mean()
+        return penalty
+
+
+_TINY = 1e-8
