@@ -10,15 +10,18 @@ from torch import Tensor
 
 __all__ = ["SettlingPenalty"]
 
+_TINY = 1e-8
+
 
 class SettlingPenalty:
     """Tokens that are right stand still, tokens that are not keep moving: what ``ResidualExit`` reads becomes true.
 
     Random depths alone let a token that has its answer go on moving, and let one that waits for what others find out
-    stand still before it is right. With ``r_s = ‖h_s − h_{s−1}‖ / ‖h_s‖`` of one labelled token, the loss is the mean
-    over tokens and loops of ``r_s`` where the token is right at ``s − 1`` and stays so, of ``max(margin − r_s, 0)``
-    where it is wrong at s or later, and of 0 in between. Gradients go into the trajectory. The paper's ``‖h_t −
-    h_{t−1}‖`` of the last step (:class:`~looplm.stability.penalty.LastStepPenalty`) hurries every token instead.
+    stand still before it is right. With ``r_s = ‖h_s − h_{s−1}‖ / ‖h_s‖`` of a labelled token, the loss is the mean of
+    ``r_s`` over tokens and loops where the token is right at ``s − 1`` and stays so, and the mean of ``max(margin −
+    r_s, 0)`` over those where it is wrong at s or later: two means, since the second kind is rare and is what an exit
+    errs by. Gradients go into the trajectory. The paper's ``‖h_t − h_{t−1}‖`` of the last step
+    (:class:`~looplm.stability.penalty.LastStepPenalty`) hurries every token instead.
 
     Args:
         margin: The least residual of a token that is not right yet.
@@ -53,9 +56,10 @@ class SettlingPenalty:
         # The length has no gradient at zero.
         length = (states.diff(dim=0).square().sum(-1) + _TINY).sqrt()
         residual = length / states[1:].detach().norm(dim=-1).clamp_min(_TINY)
-        waits = (self.margin - residual).clamp_min(0)
-        penalty: Tensor = (residual * stays_right[:-1] + waits * ~stays_right[1:]).mean()
-        return penalty
+        still = _mean(residual, stays_right[:-1])
+        return still + _mean((self.margin - residual).clamp_min(0), ~stays_right[1:])
 
 
-_TINY = 1e-8
+def _mean(values: Tensor, where: Tensor) -> Tensor:
+    """Return the mean of the values where a mask is True; 0 where it never is."""
+    return (values * where).sum() / where.sum().clamp_min(1)

@@ -13,18 +13,16 @@ from looplm.exits import LoopSignals
 
 
 def by_definition(trajectory: Tensor, is_right: Tensor, margin: float) -> float:
-    terms = []
+    still, moving = [], []
     for token in range(trajectory.shape[1]):
         for loop in range(1, len(trajectory)):
             now, before = trajectory[loop, token], trajectory[loop - 1, token]
             residual = ((now - before).norm() / now.norm()).item()
             if bool(is_right[loop - 1 :, token].all()):
-                terms.append(residual)
+                still.append(residual)
             elif not bool(is_right[loop:, token].all()):
-                terms.append(max(margin - residual, 0.0))
-            else:
-                terms.append(0.0)
-    return sum(terms) / len(terms)
+                moving.append(max(margin - residual, 0.0))
+    return sum(sum(terms) / max(len(terms), 1) for terms in (still, moving))
 
 
 @given(st.integers(2, 5), st.integers(1, 4), st.floats(0, 3), st.integers(0, 1000))
