@@ -167,19 +167,25 @@ class Rows:
 
 
 class _Watch:
-    """What an exit rule has to remember of the active rows."""
+    """What an exit rule has to remember of the active rows, and of which of their tokens it is asked.
+
+    A rule that reads states alone is asked of every token that is run, and a row stops where all may: whatever follows
+    reads the keys and values of a whole prompt, of which the last token may be done long before the others. Logits and
+    gates are those of the last token.
+    """
 
     def __init__(self, rule: ExitRule) -> None:
         self.rule = rule
+        self.reads_all = not (rule.needs_logits or rule.needs_gate)
         self.previous: Tensor | None = None
         self.logits: Tensor | None = None
         self.survival: Tensor | None = None
 
     def before(self, state: LoopState) -> None:
-        self.previous = _last_token(state)
+        self.previous = self._tokens(state)
 
     def __call__(self, depth: int, state: LoopState, logits: Tensor | None, gate: Tensor | None) -> Tensor:
-        hidden = _last_token(state)
+        hidden = self._tokens(state)
         if gate is not None:
             # 1 − σ(g) = σ(−g), which does not round to 0; in bfloat16 σ(6.25) would already be 1.
             stay = (-gate.to(torch.promote_types(gate.dtype, torch.float32))).sigmoid()
@@ -187,22 +193,28 @@ class _Watch:
         assert self.previous is not None, "a step comes first"
         signals = LoopSignals(
             depth=depth,
-            previous=self.previous,
-            hidden=hidden,
+            previous=self.previous.flatten(0, 1),
+            hidden=hidden.flatten(0, 1),
             logits=logits,
             previous_logits=self.logits,
             survival=self.survival,
         )
         self.logits = logits
-        wants = self.rule(signals)
+        may_stop = self.rule(signals).view(hidden.shape[:2])
+        real = state.context.get("attention_mask")
+        if real is not None and real.shape == may_stop.shape:
+            may_stop = may_stop | ~real.bool()
+        wants = may_stop.all(1)
         return wants if depth >= self.rule.min_loops else torch.zeros_like(wants)
 
     def select(self, kept: Tensor) -> None:
         self.logits = None if self.logits is None else self.logits[kept]
         self.survival = None if self.survival is None else self.survival[kept]
 
-
-def _last_token(state: LoopState) -> Tensor:
-    """Return the last token's state, ``(R, D)``; of a state without a token dimension the whole."""
-    leaves = [leaf[:, -1] if leaf.ndim > 2 else leaf for leaf in pytree.tree_leaves(state.hidden)]
-    return torch.cat([leaf.flatten(1) for leaf in leaves], dim=1)
+    def _tokens(self, state: LoopState) -> Tensor:
+        """Return the states that the rule is asked of, ``(R, T, D)``; of states without a token dimension T is 1."""
+        leaves: list[Tensor] = pytree.tree_leaves(state.hidden)
+        if all(leaf.ndim > 2 for leaf in leaves):
+            chosen = leaves if self.reads_all else [leaf[:, -1:] for leaf in leaves]
+            return torch.cat([leaf.flatten(2) for leaf in chosen], dim=-1)
+        return torch.cat([(leaf[:, -1] if leaf.ndim > 2 else leaf).flatten(1) for leaf in leaves], dim=1)[:, None]

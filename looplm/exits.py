@@ -70,6 +70,9 @@ class LoopSignals:
 class ExitRule(ABC):
     """Says which tokens may stop.
 
+    A rule that needs neither logits nor a gate is asked of every token of a prompt, which stops where all may; others
+    are asked of its last token.
+
     Args:
         min_loops: No token stops before that many loops.
 

@@ -51,7 +51,8 @@ class GenerationOptions:
     cache: str = "auto"
     """``per_loop`` (exact), ``last``, ``ring(k)``, ``none``; ``auto``: ``per_loop`` where the model can, else none."""
     exit_rule: ExitRule | None = None
-    """When a token may stop looping; the prompt goes along with its last token."""
+    """When a token may stop looping. A prompt stops as a whole: where all its tokens may, if the rule reads states
+    alone; else along with its last token."""
     temperature: float = 0.0
     """0: greedy; see :class:`~looplm.sampling.Sampling`."""
     top_k: int | None = None

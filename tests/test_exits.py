@@ -1,4 +1,5 @@
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from looplm.exits import (
     exit_distribution,
 )
 from looplm.generation import GenerationOptions, generate, generate_with_loops
-from looplm.loop import LoopState
+from looplm.loop import LoopState, unroll
 from looplm.model import LoopedTransformer
 
 PROMPTS = torch.tensor([[0, 0, 1, 2], [3, 4, 5, 6], [0, 2, 2, 5]])
@@ -95,6 +96,19 @@ def test_the_first_token_is_exact_at_the_depth_it_reports(name):
             logits = model(PROMPTS[row, MASK[row].bool()][None], num_loops=depth)[0, -1]
             assert logits.argmax() == result.tokens[row, 0]
     assert len(depths) > 2
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_prompt_stops_where_all_its_real_tokens_may(name):
+    # What follows reads the keys and values of every one of them.
+    model = build(name).double()
+    for tolerance in (0.5, 0.2, 0.05):
+        found = generate_with_loops(model, PROMPTS, options(exit_rule=ResidualExit(tolerance)), MASK).loops[:, 0]
+        for row, mask, loops in zip(PROMPTS, MASK, found.tolist(), strict=True):
+            states = [state.hidden for state in unroll(model, model.embed(row[mask.bool()][None]), 6)]
+            residuals = [(now - before).norm(dim=-1) / now.norm(dim=-1) for before, now in pairwise(states)]
+            done = [depth for depth, residual in enumerate(residuals, start=1) if bool((residual <= tolerance).all())]
+            assert loops == min([*done, 6])
 
 
 def test_rows_that_have_stopped_are_no_longer_computed():
