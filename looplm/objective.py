@@ -251,7 +251,7 @@ def settling_term(term: SettlingPenalty, model: LoopedModel, states: Sequence[Lo
         labels: ``(B, …)``, −100 = ignored.
 
     Returns:
-        The term, a scalar.
+        The term, a scalar; 0 of less than two states.
 
     Raises:
         ValueError: If a state is not ``(B, …, D)`` with the labels' shape in front.
@@ -264,6 +264,8 @@ def settling_term(term: SettlingPenalty, model: LoopedModel, states: Sequence[Lo
         >>> settling_term(SettlingPenalty(), model, list(unroll(model, model.embed(tokens), 3))[1:], tokens).shape
         torch.Size([])
     """
+    if len(states) < 2:
+        return torch.zeros((), device=labels.device)
     labelled = labels != -100
     wanted = labels[labelled]
     trajectory = torch.stack([_at_labels(state.hidden, labelled) for state in states])

@@ -5,7 +5,6 @@ Takes states and what is right in them; knows no model, no loss and no training.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 __all__ = ["SettlingPenalty"]
@@ -43,14 +42,12 @@ class SettlingPenalty:
         self.margin = margin
 
     def __call__(self, trajectory: Tensor, is_right: Tensor) -> Tensor:
-        """Return the penalty, a scalar; 0 without two states or without tokens.
+        """Return the penalty, a scalar; 0 without tokens.
 
         Args:
-            trajectory: States of N labelled tokens after consecutive loops, ``(S, N, D)``.
+            trajectory: States of N labelled tokens after two or more consecutive loops, ``(S, N, D)``.
             is_right: Whether the likeliest token there is the label, bool ``(S, N)``.
         """
-        if len(trajectory) < 2 or trajectory.shape[1] == 0:
-            return trajectory.new_zeros((), dtype=torch.float32)
         stays_right = is_right.flip(0).cummin(0).values.flip(0)
         states = trajectory.float()
         # The length has no gradient at zero.
