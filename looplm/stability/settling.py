@@ -29,6 +29,7 @@ class SettlingPenalty:
         ValueError: If the margin is negative.
 
     Example:
+        >>> import torch
         >>> still, moving = torch.ones(3, 1, 4), torch.tensor([1.0, 2.0, 4.0])[:, None, None].expand(3, 1, 4)
         >>> right, wrong = torch.ones(3, 1, dtype=torch.bool), torch.zeros(3, 1, dtype=torch.bool)
         >>> cases = [(still, right), (still, wrong), (moving, right), (moving, wrong)]
