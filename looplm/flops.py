@@ -120,7 +120,13 @@ def training_flops(
     return forward + 2 * backward - without
 
 
-def penalty_flops(config: LoopedConfig, batch_size: int, length: int, penalty: Penalty | SettlingPenalty) -> int:
+def penalty_flops(
+    config: LoopedConfig,
+    batch_size: int,
+    length: int,
+    penalty: Penalty | SettlingPenalty,
+    state_is_spared: bool = False,
+) -> int:
     """Return the FLOPs of a stability term and of its gradient.
 
     Exact where Jacobian products are finite differences, two evaluations of the step each. The other products are taken
@@ -131,6 +137,8 @@ def penalty_flops(config: LoopedConfig, batch_size: int, length: int, penalty: P
         batch_size: B, sequences of the batch, of which the penalty takes its share.
         length: T, tokens a sequence.
         penalty: The term; one without a product costs nothing.
+        state_is_spared: Whether it has to run the last step of its share again, see ``spare_unlabelled`` of
+            :class:`~looplm.objective.STARSObjective`.
 
     Example:
         >>> config = LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2, ffn_width=32)
@@ -141,7 +149,7 @@ def penalty_flops(config: LoopedConfig, batch_size: int, length: int, penalty: P
         return 0
     rows = max(1, round(penalty.fraction * batch_size))
     step = _step(config, rows, length)
-    last = 2 * (3 * step - _without_input_gradient(config, rows, length))
+    last = 2 * (3 * step - _without_input_gradient(config, rows, length)) + (step if state_is_spared else 0)
     if not isinstance(penalty, JacobianPenalty):
         return last
     before = {"mean_gain": 0, "spectral_radius": penalty.num_iterations - 1, "spectral_norm": penalty.num_iterations}

@@ -160,10 +160,11 @@ class LastStepModel(Protocol):
         True
     """
 
-    def step_and_decode(self, state: LoopState, logits_to_keep: Tensor) -> tuple[Tensor, int]:
-        """Return ``decode(step(state))`` where a bool ``(B, T)`` is True, ``(N, V)``, and how many positions were run.
+    def step_and_decode(self, state: LoopState, logits_to_keep: Tensor) -> tuple[Tensor, LoopState | None, int]:
+        """Return ``decode(step(state))`` where a bool ``(B, T)`` is True, ``(N, V)``, and what was run for it.
 
-        The number is that of the last block's queries, B·T where nothing is spared.
+        That is ``step(state)``, or None where a part of it was spared, and the number of the last block's queries, then
+        less than B·T.
         """
         ...
 

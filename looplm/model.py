@@ -198,10 +198,10 @@ class LoopedTransformer(nn.Module):
             hidden = self.final_norm(hidden)
         return F.linear(hidden, self.token_embedding.weight if self.head is None else self.head.weight)
 
-    def step_and_decode(self, state: LoopState, logits_to_keep: Tensor) -> tuple[Tensor, int]:
-        """Return the logits after one more step, where they are wanted, and how many queries its last block ran.
+    def step_and_decode(self, state: LoopState, logits_to_keep: Tensor) -> tuple[Tensor, LoopState | None, int]:
+        """Return the logits after one more step, where they are wanted, and what was run for them.
 
-        In a training step without a penalty nothing but the head reads the last states. So the last block runs keys and
+        In a training step nothing but the head and a penalty reads the last states. So the last block runs keys and
         values of all positions, and queries, output and MLP of those with a label alone, padded to as many a row. Where
         few are spared, with a coda or compiled, this is ``decode(step(state))``.
 
@@ -210,17 +210,18 @@ class LoopedTransformer(nn.Module):
             logits_to_keep: Bool ``(B, T)``, True where logits are wanted.
 
         Returns:
-            ``(N, V)``, in the order of the rows, and B·Q, or B·T.
+            ``(N, V)``, in the order of the rows; None and B·Q, or the whole state and B·T.
         """
         kept = KeptPositions.of(logits_to_keep)
         most = kept.index.shape[1]
         if len(self.coda) or self._compiled is not None or not 0 < most <= _MOST_KEPT * logits_to_keep.shape[1]:
-            return self.decode(self.step(state), logits_to_keep=logits_to_keep), logits_to_keep.numel()
+            last = self.step(state)
+            return self.decode(last, logits_to_keep=logits_to_keep), last, logits_to_keep.numel()
         hidden = self._blocks(self.core, self._inject(state), state.context, [None for _ in self.core], kept)
         hidden = hidden[kept.real]
         for is_normed in (self.config.loop_norm, self.config.coda_norm):
             hidden = self.final_norm(hidden) if is_normed else hidden
-        return self._read_out(hidden), kept.index.numel()
+        return self._read_out(hidden), None, kept.index.numel()
 
     def exit_logit(self, state: LoopState) -> Tensor:
         """Return the learned gate's ``w·h + b``, ``(B, T)``; its sigmoid is the probability to stop here.

@@ -237,7 +237,8 @@ class LoopLM(L.LightningModule):
         flops = training_flops(self.config, batch_size, length, out.depth, *spared)
         if self.objective.penalty is None or out.penalty is None:
             return flops
-        return flops + penalty_flops(self.config, batch_size, length, self.objective.penalty)
+        state_is_spared = out.num_queries < batch_size * length
+        return flops + penalty_flops(self.config, batch_size, length, self.objective.penalty, state_is_spared)
 
     def _evaluate(self, batch: dict[str, Any], depths: list[int]) -> dict[str, Any]:
         preds = predictions_at_depths(self.model, batch["input_ids"], depths, batch.get("attention_mask"))

@@ -31,6 +31,8 @@ from looplm.stability.settling import SettlingPenalty
 
 __all__ = ["ObjectiveOutput", "STARSObjective", "settling_term", "stability_term"]
 
+_MOST_AGAIN = 0.5  # share of the sequences whose last step may run again before that costs what it spares
+
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveOutput:
@@ -116,9 +118,10 @@ class STARSObjective:
     """Activation checkpointing: keep one state every that many loops and compute the rest again in the backward pass,
     once (1) or twice (more); ``sqrt``: every ⌈√t⌉; None: keep everything. See :func:`~looplm.loop.last_states`."""
     spare_unlabelled: bool = False
-    """In steps without a penalty run the last block of the last loop at labelled positions alone, if the model is a
+    """Run the last block of the last loop at labelled positions alone, if the model is a
     :class:`~looplm.loop.LastStepModel`: the same gradients. Worth its gathering where the core is a block or two and
-    most tokens are a question; then it is a good part of a step."""
+    most tokens are a question; then it is a good part of a step. A penalty on at most half of the sequences computes
+    their last states again, dropout drawn anew; with one on more of them nothing is spared."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.penalty_weight <= 1:
@@ -167,19 +170,23 @@ class STARSObjective:
         labelled = batch["labels"] != -100
         weight = self.weight_at(key.optimizer_step)
         is_penalized = self.penalty is not None and weight > 0
-        state = model.embed(batch["input_ids"], batch.get("attention_mask"))
+        share = 0.0  # of the sequences whose last states a penalty reads
+        if is_penalized:
+            share = self.penalty.fraction if isinstance(self.penalty, Penalty) else 1.0
+        initial = model.embed(batch["input_ids"], batch.get("attention_mask"))
+        state: LoopState | None
         # A question's tokens have no label: a large vocabulary's logits there would be a good part of a step.
         num_queries = labelled.numel()
-        if self.spare_unlabelled and isinstance(model, LastStepModel) and depth > 0 and not is_penalized:
+        if self.spare_unlabelled and isinstance(model, LastStepModel) and depth > 0 and share <= _MOST_AGAIN:
             backprop_loops = None if self.backprop_loops is None else self.backprop_loops - 1
-            _, previous = last_states(model, state, depth - 1, backprop_loops, self.checkpoint_loops)
-            logits, num_queries = model.step_and_decode(previous, labelled)
+            _, previous = last_states(model, initial, depth - 1, backprop_loops, self.checkpoint_loops)
+            logits, state, num_queries = model.step_and_decode(previous, labelled)
         elif isinstance(self.penalty, SettlingPenalty) and is_penalized:
-            states = list(unroll(model, state, depth, self.backprop_loops))
+            states = list(unroll(model, initial, depth, self.backprop_loops))
             logits = _logits(model, states[-1], labelled)
         else:
-            previous, state = last_states(model, state, depth, self.backprop_loops, self.checkpoint_loops)
-            logits = _logits(model, state, labelled)
+            previous, last = last_states(model, initial, depth, self.backprop_loops, self.checkpoint_loops)
+            state, logits = last, _logits(model, last, labelled)
         losses = F.cross_entropy(logits.float(), batch["labels"][labelled], reduction="sum")
         count = labelled.sum() if num_labels is None else num_labels
         cross_entropy = losses / count.masked_fill(count == 0, 1)  # a batch without labels gives 0, not NaN
@@ -204,13 +211,15 @@ class STARSObjective:
         )
 
 
-def stability_term(term: Penalty, model: LoopedModel, state: LoopState, previous: LoopState, key: StepKey) -> Tensor:
+def stability_term(
+    term: Penalty, model: LoopedModel, state: LoopState | None, previous: LoopState, key: StepKey
+) -> Tensor:
     """Compute a penalty at a state, on the share of the sequences it asks for, dropout off.
 
     Args:
         term: The penalty.
         model: Any looped model.
-        state: The final state h_t.
+        state: The final state h_t; None: a step from the one before, on the share alone.
         previous: The state before it.
         key: Names the micro-batch; rows and vectors derive from it.
 
@@ -225,20 +234,22 @@ def stability_term(term: Penalty, model: LoopedModel, state: LoopState, previous
         >>> stability_term(JacobianPenalty(), model, last, before, StepKey(seed=0, micro_batch=0)).shape
         torch.Size([])
     """
-    mask = state.context.get("attention_mask")
-    batch_size = _leaf(state).shape[0]
+    mask = previous.context.get("attention_mask")
+    batch_size, device = _leaf(previous).shape[0], _leaf(previous).device
     size = max(1, round(term.fraction * batch_size))
     if size < batch_size:
-        rows = key.subset("penalty_rows", batch_size, size).to(_leaf(state).device)
-        state, previous = state.select(rows), previous.select(rows)
+        rows = key.subset("penalty_rows", batch_size, size).to(device)
+        previous = previous.select(rows)
+        state = None if state is None else state.select(rows)
         mask = None if mask is None else mask[rows]
+    last = model.step(previous) if state is None else state
 
     def step_fn(hidden: Any) -> Any:
-        return model.step(LoopState(hidden, state.context, state.depth)).hidden
+        return model.step(LoopState(hidden, last.context, last.depth)).hidden
 
     with _deterministic(model):
-        generator = key.generator("penalty_vector", _leaf(state).device)
-        return term(step_fn, state.hidden, previous.hidden, mask, generator)
+        generator = key.generator("penalty_vector", device)
+        return term(step_fn, last.hidden, previous.hidden, mask, generator)
 
 
 def settling_term(term: SettlingPenalty, model: LoopedModel, states: Sequence[LoopState], labels: Tensor) -> Tensor:

@@ -113,3 +113,7 @@ def test_the_products_of_a_penalty_are_counted_exactly(name: str, penalty: Penal
     counted = _step(config, 3, penalty=penalty, penalty_weight=0.1)
     step = training_flops(config, BATCH, LENGTH, 3, num_logits=NUM_LABELS)
     assert step + penalty_flops(config, BATCH, LENGTH, penalty) == counted
+    if penalty.fraction <= 0.5:
+        counted = _step(config, 3, penalty=penalty, penalty_weight=0.1, spare_unlabelled=True)
+        step = training_flops(config, BATCH, LENGTH, 3, num_logits=NUM_LABELS, num_queries=NUM_LABELS)
+        assert step + penalty_flops(config, BATCH, LENGTH, penalty, state_is_spared=True) == counted

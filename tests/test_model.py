@@ -186,12 +186,14 @@ def test_the_last_step_at_some_positions_is_that_of_all(changes, rows, tokens):
     where = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(1)) < 0.4
     where[0] = False
     where[:, -2:] = True
-    logits, num_queries = model.step_and_decode(state, where)
-    expected = model.decode(model.step(state))[where]
+    logits, last, num_queries = model.step_and_decode(state, where)
+    whole = model.step(state)
+    expected = model.decode(whole)[where]
     torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
     most = int(where.sum(1).max())
     spares = most <= 0.75 * length and not changes.get("num_coda_layers")
     assert num_queries == batch * (most if spares else length)
+    assert last is None if spares else torch.equal(last.hidden, whole.hidden)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     options = {"allow_unused": True, "retain_graph": True}
     gradients = (torch.autograd.grad(out.square().sum(), parameters, **options) for out in (logits, expected))

@@ -57,6 +57,12 @@ class Draw(Penalty):
         return torch.rand((), generator=generator)
 
 
+class LastStepOfHalf(LastStepPenalty):
+    """Its gradient enters the trajectory through both states."""
+
+    fraction = 0.5
+
+
 class Failing(Penalty):
     def __call__(self, step_fn, hidden, previous, mask, generator):
         raise RuntimeError("no penalty today")
@@ -147,9 +153,38 @@ def test_sparing_unlabelled_positions_changes_no_gradient(batch, num_loops, back
         torch.testing.assert_close(here, there, rtol=1e-5, atol=1e-7)
 
 
-def test_a_penalty_reads_the_states_of_all_positions(batch):
-    penalty = {"penalty": JacobianPenalty(method="finite_difference"), "penalty_weight": 0.1, "penalty_start_step": 5}
-    objective = STARSObjective(depth_sampler=FixedDepth(2), spare_unlabelled=True, **penalty)
+@pytest.mark.parametrize(
+    ("penalty", "spares"),
+    [
+        (JacobianPenalty(method="jvp", fraction=0.25), True),
+        (JacobianPenalty(method="finite_difference", fraction=0.5), True),
+        (LastStepOfHalf(), True),
+        (JacobianPenalty(method="jvp"), False),
+        (LastStepPenalty(), False),
+        (SettlingPenalty(), False),
+    ],
+)
+@pytest.mark.parametrize("backprop_loops", [None, 1])
+def test_a_penalty_reads_the_same_states_when_unlabelled_positions_are_spared(batch, penalty, spares, backprop_loops):
+    model = transformer(input_injection="add").eval()
+    outs = []
+    for spare_unlabelled in (False, True):
+        options = {"backprop_loops": backprop_loops, "spare_unlabelled": spare_unlabelled}
+        objective = STARSObjective(depth_sampler=FixedDepth(3), penalty=penalty, penalty_weight=0.5, **options)
+        outs.append(objective(model, batch, KEY))
+    everywhere, spared = outs
+    assert (spared.num_queries < everywhere.num_queries) == spares
+    assert everywhere.penalty > 0
+    torch.testing.assert_close(spared.penalty, everywhere.penalty, rtol=1e-9, atol=0)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = (torch.autograd.grad(out.loss, parameters, allow_unused=True) for out in outs)
+    for here, there in zip(*gradients, strict=True):
+        torch.testing.assert_close(here, there, rtol=1e-6, atol=1e-9)
+
+
+def test_before_the_penalty_starts_every_step_is_spared(batch):
+    late = {"penalty": JacobianPenalty(), "penalty_weight": 0.1, "penalty_start_step": 5}
+    objective = STARSObjective(depth_sampler=FixedDepth(2), spare_unlabelled=True, **late)
     model = transformer().eval()
     before, after = (objective(model, batch, replace(KEY, optimizer_step=step)) for step in (4, 5))
     assert before.num_queries < after.num_queries == batch["labels"].numel()
