@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from looplm.depth import DepthSampler
 from looplm.loop import (
@@ -180,7 +182,10 @@ class STARSObjective:
         if self.spare_unlabelled and isinstance(model, LastStepModel) and depth > 0 and share <= _MOST_AGAIN:
             backprop_loops = None if self.backprop_loops is None else self.backprop_loops - 1
             _, previous = last_states(model, initial, depth - 1, backprop_loops, self.checkpoint_loops)
-            logits, state, num_queries = model.step_and_decode(previous, labelled)
+            last_step: Any = model.step_and_decode
+            if self.checkpoint_loops is not None:
+                last_step = partial(checkpoint, last_step, use_reentrant=False)
+            logits, state, num_queries = last_step(previous, labelled)
         elif isinstance(self.penalty, SettlingPenalty) and is_penalized:
             states = list(unroll(model, initial, depth, self.backprop_loops))
             logits = _logits(model, states[-1], labelled)

@@ -136,15 +136,17 @@ def test_logits_of_labelled_positions_alone_give_the_same_loss_and_gradient(batc
     assert torch.equal(out.preds, best.masked_fill(batch["labels"] == -100, -100))
 
 
+@pytest.mark.parametrize("checkpoint_loops", [None, 1])
 @pytest.mark.parametrize("backprop_loops", [None, 1, 2])
 @pytest.mark.parametrize("num_loops", [1, 2, 3])
-def test_sparing_unlabelled_positions_changes_no_gradient(batch, num_loops, backprop_loops):
+def test_sparing_unlabelled_positions_changes_no_gradient(batch, num_loops, backprop_loops, checkpoint_loops):
     model = transformer(input_injection="add", num_prelude_layers=1).eval()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     outs = []
     for spare_unlabelled in (False, True):
-        options = {"backprop_loops": backprop_loops, "spare_unlabelled": spare_unlabelled}
-        outs.append(STARSObjective(depth_sampler=FixedDepth(num_loops), **options)(model, batch, KEY))
+        options = {"backprop_loops": backprop_loops, "checkpoint_loops": checkpoint_loops if spare_unlabelled else None}
+        objective = STARSObjective(depth_sampler=FixedDepth(num_loops), spare_unlabelled=spare_unlabelled, **options)
+        outs.append(objective(model, batch, KEY))
     everywhere, spared = outs
     assert spared.num_queries < everywhere.num_queries == batch["labels"].numel()
     assert torch.equal(spared.preds, everywhere.preds)

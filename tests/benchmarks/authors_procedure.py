@@ -18,11 +18,20 @@ from looplm.model import LoopedTransformer
 __all__ = ["PlainLoopedTransformer", "plain_answer", "plain_loss"]
 
 
+class _UnfusedLayerNorm(nn.LayerNorm):
+    """The same function in primitive operations."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        centred = input - input.mean(-1, keepdim=True)
+        normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.eps)
+        return normed * self.weight + self.bias
+
+
 class _PlainBlock(nn.Module):
-    def __init__(self, width: int, num_heads: int, ffn_width: int) -> None:
+    def __init__(self, width: int, num_heads: int, ffn_width: int, norm: type[nn.LayerNorm]) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(4))
+        self.norms = nn.ModuleList(norm(width) for _ in range(4))
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
         self.up, self.down = nn.Linear(width, ffn_width), nn.Linear(ffn_width, width)
 
@@ -41,15 +50,19 @@ class _PlainBlock(nn.Module):
 
 
 class PlainLoopedTransformer(nn.Module):
-    """Post-Sandwich LayerNorm, one block looped, learned positions, tied head, no dropout; weights of ``source``."""
+    """Post-Sandwich LayerNorm, one block looped, learned positions, tied head, no dropout; weights of ``source``.
 
-    def __init__(self, source: LoopedTransformer) -> None:
+    Norms are torch's kernel, as in the released code, or with ``fused_norms=False`` primitive operations like the rest.
+    """
+
+    def __init__(self, source: LoopedTransformer, fused_norms: bool = True) -> None:
         super().__init__()
         config = source.config
+        norm = nn.LayerNorm if fused_norms else _UnfusedLayerNorm
         self.tokens = nn.Embedding(config.vocab_size, config.width)
         self.positions = nn.Embedding(config.max_positions, config.width)
-        self.block = _PlainBlock(config.width, config.num_heads, config.ffn_width)
-        self.norm = nn.LayerNorm(config.width)
+        self.block = _PlainBlock(config.width, config.num_heads, config.ffn_width, norm)
+        self.norm = norm(config.width)
         (theirs,) = source.core
         state = {"tokens": source.token_embedding, "positions": source.position_embedding, "norm": source.final_norm}
         norms = (theirs.attention_norm, theirs.attention_out_norm, theirs.ffn_norm, theirs.ffn_out_norm)

@@ -12,7 +12,7 @@ from looplm.depth import LogNormalDepth
 from looplm.randomness import StepKey
 
 from .timing import Measurement, Row, paired_seconds, ratio_of
-from .training_step import STARS, Precision, addition_model, model_step, random_batch
+from .training_step import STARS, Precision, addition_batch, addition_model, model_step
 
 __all__ = ["compile_rows"]
 
@@ -50,7 +50,7 @@ def compile_rows(num_rounds: int) -> list[Row]:
 def _graph_rows() -> list[Row]:
     torch._dynamo.reset()
     counters.clear()
-    model, batch = addition_model(width=64), random_batch(16)
+    model, batch = addition_model(width=64), addition_batch(16)
     model.compile_core()
     sampler = LogNormalDepth(mu=1.7, sigma=0.7, min_depth=1, max_depth=40)
     objective = replace(STARS, depth_sampler=sampler, backprop_loops=6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from looplm.depth import FixedDepth
@@ -15,9 +16,10 @@ from .authors_procedure import PlainLoopedTransformer, plain_answer, plain_loss
 from .training_step import addition_model
 
 
-def test_loss_and_answers_are_those_of_our_model() -> None:
+@pytest.mark.parametrize("fused_norms", [True, False])
+def test_loss_and_answers_are_those_of_our_model(fused_norms: bool) -> None:
     model = addition_model(64, 12).eval()
-    plain = PlainLoopedTransformer(model)
+    plain = PlainLoopedTransformer(model, fused_norms)
     tokens = torch.randint(17, (64, 8), generator=torch.Generator().manual_seed(1))
     objective = STARSObjective(depth_sampler=FixedDepth(3), penalty=StarsReleasePenalty(), penalty_weight=0.5)
     batch, key = {"input_ids": tokens, "labels": tokens}, StepKey(seed=0, micro_batch=0)
