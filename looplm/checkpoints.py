@@ -6,7 +6,6 @@ Knows files and models; the foreign names stand in :mod:`looplm.families`, what 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from torch import Tensor
 
 import looplm
 from looplm.config import LoopedConfig
+from looplm.durable import save_whole
 from looplm.errors import InputError, reason
 from looplm.families.family import Family, ForeignTensor, Part
 from looplm.families.known import family_named, family_of
@@ -239,17 +239,7 @@ def save_checkpoint(model: LoopedTransformer, path: str | os.PathLike[str]) -> N
         "epoch": 0,
         "global_step": 0,
     }
-    target = Path(path)
-    draft = target.with_name(f".{target.name}.draft")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, draft)
-        draft.replace(target)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"{str(target)!r} could not be written: {reason(error)}.") from None
-    finally:
-        with contextlib.suppress(OSError, ValueError):
-            draft.unlink(missing_ok=True)
+    save_whole(content, Path(path))
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> LoopedTransformer:

@@ -1,4 +1,4 @@
-"""Checkpoint files that are whole or not there, whatever ends the process or fills the disk. Knows files, no models."""
+"""Files that are whole or not there, whatever ends the process or fills the disk. Knows files, no models."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
 
-from looplm.errors import InputError
+from looplm.errors import InputError, reason
 
-__all__ = ["DurableCheckpointIO", "replaced", "save_whole", "sync_directory"]
+__all__ = ["replaced", "save_whole", "sync_directory"]
 
 _SUFFIX = ".saving"
 
@@ -58,12 +57,11 @@ def replaced(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         temporary.replace(path)
         sync_directory(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        with contextlib.suppress(OSError, ValueError):
             temporary.unlink(missing_ok=True)
         kept = "the one before is whole" if path.exists() else "none was there before"
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise InputError(f"the checkpoint {str(path)!r} could not be written: {reason}; {kept}.") from error
+        raise InputError(f"the checkpoint {str(path)!r} could not be written: {reason(error)}; {kept}.") from error
 
 
 class _Pipe:
@@ -103,28 +101,3 @@ def save_whole(content: Any, path: Path) -> None:
         torch.save(content, cast(IO[bytes], pipe))
         if pipe.error is not None:
             raise pipe.error
-
-
-class DurableCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint files, written beside the old one, synced and renamed; read without running code.
-
-    Example:
-        >>> import lightning as L
-        >>> trainer = L.Trainer(accelerator="cpu", plugins=[DurableCheckpointIO()], logger=False)
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint.
-
-        Raises:
-            InputError: If it cannot be written; the one before is then whole.
-        """
-        if "://" in str(path):  # not a file of this machine
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        save_whole(checkpoint, Path(path))
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint; ``weights_only`` is true unless it is set to False."""
-        weights_only = True if weights_only is None else weights_only
-        return super().load_checkpoint(path, map_location or (lambda storage, _: storage), weights_only)

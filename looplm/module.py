@@ -218,7 +218,7 @@ class LoopLM(L.LightningModule):
         # On a CPU its own generator alone: `torch.manual_seed` takes 2 ms to seed devices that are not there.
         seed_all = torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed
         seed_all(key.fold("dropout"))
-        out = self.objective(self.model, batch, key, count_labels(batch["labels"], self.trainer))
+        out = self.objective(self.model, batch, key, count_labels(batch, self.trainer))
         self.loops_per_batch, self.flops_per_batch = out.depth, self._count_flops(batch["input_ids"], out)
         exact_match = share_all_right(out.preds == batch["labels"], batch.get("attention_mask"))
         shown: dict[str, Any] = {"loss": out.loss.detach(), "exact_match": exact_match}

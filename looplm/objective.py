@@ -166,7 +166,8 @@ class STARSObjective:
                 and optionally ``attention_mask`` ``(B, T)``. A packed row counts as one sequence in the penalty.
             key: Names the micro-batch; all randomness derives from it.
             num_labels: Labelled tokens that the cross-entropy is a mean over, a scalar; None: those of this batch.
-                Where gradients are averaged over processes, the mean number over these gives the mean over all tokens.
+                Where gradients are averaged over processes or micro-batches, the mean number over these gives the mean
+                over all tokens.
         """
         depth = self.depth_sampler.sample(key)
         labelled = batch["labels"] != -100

@@ -5,7 +5,8 @@ Knows Lightning's strategies and torch's FSDP 2; of a model only that some of it
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.strategies import (
@@ -96,23 +97,27 @@ def choose_product(penalty: Penalty | SettlingPenalty, trainer: L.Trainer) -> Pe
     return penalty
 
 
-def count_labels(labels: Tensor, trainer: L.Trainer) -> Tensor | None:
-    """Return how many labelled tokens a rank has on average, a scalar; None where there is one rank.
+def count_labels(batch: Mapping[str, Any], trainer: L.Trainer) -> Tensor | None:
+    """Return how many labelled tokens a micro-batch of this step has on average, a scalar; None: just its own.
 
-    Gradients are averaged over ranks: a loss divided by this number is the mean over all tokens, as one process would
-    have it, whichever rank holds how many.
+    Gradients are averaged over ranks, and over the micro-batches that a step accumulates: losses divided by this number
+    are the mean over all tokens, as one process would have it in one batch, whichever holds how many. What the other
+    micro-batches have is the entry ``num_labels`` of :class:`~looplm.corpora.stream.TrainingStream`; without it a step
+    is the mean of its micro-batches' means.
 
     Example:
         >>> import lightning as L
         >>> import torch
         >>> trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-        >>> count_labels(torch.tensor([[-100, 5, 6]]), trainer) is None  # one rank
+        >>> count_labels({"labels": torch.tensor([[-100, 5, 6]])}, trainer) is None  # one rank
         True
     """
+    count: Tensor | None = batch.get("num_labels")
     if trainer.world_size == 1:
-        return None
-    count = (labels != -100).sum().float()
-    return trainer.strategy.reduce(count, reduce_op="mean")
+        return count
+    count = (batch["labels"] != -100).sum().float() if count is None else count
+    mean: Tensor = trainer.strategy.reduce(count, reduce_op="mean")
+    return mean
 
 
 # Outside of these the parameters are shards, which no operation takes. The callbacks call the last four.

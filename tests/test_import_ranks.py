@@ -49,6 +49,7 @@ RANKS = {
     "generation": 3,
     "checkpoints": 3,
     "durable": 0,
+    "checkpoint_io": 1,
     "sharded_checkpoints": 0,
     "strategy": 1,
     "parallel": 1,

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
+from looplm.durable import save_whole
 from looplm.errors import InputError
 
 __all__ = ["NonFiniteGuard"]
@@ -28,7 +29,7 @@ class NonFiniteGuard(L.Callback):
     of the last one.
 
     DeepSpeed keeps gradients to itself, so that no step can be skipped: there the first loss that is not finite stops
-    the run.
+    the run, before its step.
 
     Args:
         max_in_a_row: Number of skipped steps in a row at which the run stops.
@@ -78,7 +79,9 @@ class NonFiniteGuard(L.Callback):
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm: Any = get_total_norm([p.grad for p in parameters])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        values = torch.stack([norm.float(), *(loss.float() for loss in self._losses)])
+        # Of no gradients, which is what DeepSpeed shows, the norm is a number of the CPU.
+        device = self._losses[0].device if self._losses else norm.device
+        values = torch.stack([value.float().to(device) for value in (norm, *self._losses)])
         # Losses differ by rank; all must skip the same steps.
         if trainer.strategy.reduce_boolean_decision(bool(values.isfinite().all())):
             self.in_a_row = 0
@@ -91,6 +94,8 @@ class NonFiniteGuard(L.Callback):
                 rank_zero_warn(
                     f"step {trainer.global_step}{_depth(trainer)} is skipped: its loss or gradient is not finite."
                 )
+            if isinstance(trainer.strategy, DeepSpeedStrategy):
+                self._stop(trainer, trainer.global_step)
         if self.skipped_steps:
             pl_module.log("train/skipped_steps", float(self.skipped_steps))
 
@@ -102,16 +107,16 @@ class NonFiniteGuard(L.Callback):
         Raises:
             InputError: Says at which step and depth, and where the checkpoint and the batch are.
         """
-        most = 1 if isinstance(trainer.strategy, DeepSpeedStrategy) else self.max_in_a_row
-        if self.in_a_row < most or not self._is_new_step:
-            return
+        if self.in_a_row >= self.max_in_a_row and self._is_new_step:
+            self._stop(trainer, trainer.global_step - 1)
+
+    def _stop(self, trainer: L.Trainer, step: int) -> None:
         folder = Path(trainer.default_root_dir) / "non_finite"
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(self._batches, folder / f"batches_rank_{trainer.global_rank}.pt")
-        trainer.save_checkpoint(folder / "before.ckpt")
+        trainer.save_checkpoint(folder / "before.ckpt", weights_only=False)
+        save_whole(self._batches, folder / f"batches_rank_{trainer.global_rank}.pt")
         raise InputError(
             f"loss or gradient was not finite in {self.in_a_row} step(s) in a row, the last of them step "
-            f"{trainer.global_step - 1}{_depth(trainer)}: the run stops. {folder} holds a checkpoint from before and "
+            f"{step}{_depth(trainer)}: the run stops. {folder} holds a checkpoint from before and "
             "the batches; a smaller learning rate, `trainer.gradient_clip_val` or a lighter penalty may help."
         )
 

@@ -83,7 +83,7 @@ class SaveOnSignal(L.Callback):
         checkpoint = trainer.checkpoint_callback
         folder = checkpoint.dirpath if isinstance(checkpoint, ModelCheckpoint) else None
         path = Path(folder or trainer.default_root_dir) / "last.ckpt"
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
         name = signal.Signals(self.received or signal.SIGTERM).name
         rank_zero_info(f"{name}: saved {path} after step {trainer.global_step}; `--ckpt_path last` goes on from there")
         if self._requeue_signal is not None and self.received == self._requeue_signal and trainer.is_global_zero:

@@ -30,6 +30,7 @@ from looplm.callbacks import graded_answers, latent_dynamics, stability_warning,
 from looplm.callbacks.depth_accuracy import DepthAccuracyCurve
 from looplm.callbacks.non_finite import NonFiniteGuard
 from looplm.callbacks.preemption import SaveOnSignal
+from looplm.checkpoint_io import DurableCheckpointIO
 from looplm.commands.ckpt_path import check_checkpoint
 from looplm.commands.config_files import check_config_files
 from looplm.commands.curve_files import describe_curves
@@ -42,7 +43,6 @@ from looplm.commands.settings import SaveSettings
 from looplm.commands.trainer_fields import check_trainer_fields
 from looplm.corpora import bpe, mathematics, pretrained_tokenizer, text_tokenizer  # noqa: F401
 from looplm.corpora.arithmetic import ArithmeticDataModule
-from looplm.durable import DurableCheckpointIO
 from looplm.errors import InputError
 from looplm.module import LoopLM
 from looplm.sharded_checkpoints import recover

@@ -32,7 +32,7 @@ from looplm.corpora.problems import (
     in_split,
     parse_problem,
 )
-from looplm.corpora.stream import TrainingStream, trained_batches
+from looplm.corpora.stream import TrainingStream, batches_per_step, trained_batches
 from looplm.corpora.tokenizer import CharTokenizer
 from looplm.depth import check_starts
 from looplm.errors import InputError
@@ -295,7 +295,8 @@ class ArithmeticDataModule(L.LightningDataModule):
                 world_size=trainer.world_size,
             )
 
-        stream = TrainingStream(lambda start: map(make_batch, count(start)), partial(trained_batches, trainer))
+        position, per_step = partial(trained_batches, trainer), partial(batches_per_step, trainer)
+        stream = TrainingStream(lambda start: map(make_batch, count(start)), position, per_step)
         return DataLoader(stream, batch_size=None)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:

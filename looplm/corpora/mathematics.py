@@ -26,7 +26,7 @@ from looplm.corpora.questions import answered_line, prompt_batch, read_questions
 from looplm.corpora.rows import check_rows
 from looplm.corpora.sources import Source, content_key, load_rows
 from looplm.corpora.splits import Splits
-from looplm.corpora.stream import TrainingStream, trained_batches
+from looplm.corpora.stream import TrainingStream, batches_per_step, trained_batches
 from looplm.corpora.streamed import StreamedOrder
 from looplm.corpora.templates import SolutionText
 from looplm.corpora.text_tokenizer import ByteTokenizer, TextTokenizer
@@ -285,7 +285,8 @@ class MathDataModule(L.LightningDataModule):
                 return self.streamed_batches(start, rank, world_size)
             return map(partial(self.training_batch, rank=rank, world_size=world_size), count(start))
 
-        return DataLoader(TrainingStream(batches, partial(trained_batches, trainer)), batch_size=None)
+        stream = TrainingStream(batches, partial(trained_batches, trainer), partial(batches_per_step, trainer))
+        return DataLoader(stream, batch_size=None)
 
     def streamed_batches(self, start: int, rank: int = 0, world_size: int = 1) -> Iterator[dict[str, Tensor]]:
         """Yield the batches of a streamed corpus from number ``start`` on; ``index`` numbers their rows.

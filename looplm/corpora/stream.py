@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 
 import lightning as L
+import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-__all__ = ["TrainingStream", "trained_batches"]
+__all__ = ["TrainingStream", "batches_per_step", "trained_batches"]
 
 
 def trained_batches(trainer: L.Trainer | None) -> int:
@@ -21,24 +23,53 @@ def trained_batches(trainer: L.Trainer | None) -> int:
     return 0 if trainer is None else trainer.fit_loop.epoch_loop.total_batch_idx + 1
 
 
+def batches_per_step(trainer: L.Trainer | None) -> int:
+    """Return how many micro-batches make an optimiser step.
+
+    Example:
+        >>> batches_per_step(None)
+        1
+    """
+    return 1 if trainer is None else trainer.accumulate_grad_batches
+
+
 class TrainingStream(IterableDataset[dict[str, Tensor]]):
     """Whole batches, endless; begins where the trainer stands, so that resuming neither repeats nor skips any.
+
+    Where several micro-batches make a step, each has an entry ``num_labels``: how many labelled tokens they have on
+    average. Losses divided by it are, accumulated, the mean over all tokens of the step.
 
     Args:
         batches: The batches from a number on.
         position: How many the trainer has behind it, asked when the stream is opened.
+        per_step: How many make a step, asked then too.
 
     Example:
-        >>> import torch
         >>> from itertools import count
-        >>> batches = lambda start: ({"index": torch.tensor(index)} for index in count(start))
-        >>> stream = TrainingStream(batches, position=lambda: 5)
-        >>> next(iter(stream))["index"].item()
-        5
+        >>> batches = lambda start: ({"labels": torch.tensor([-100] + [7] * index)} for index in count(start))
+        >>> stream = TrainingStream(batches, position=lambda: 5, per_step=lambda: 2)
+        >>> [(len(batch["labels"]) - 1, batch["num_labels"].item()) for batch in islice(stream, 3)]
+        [(5, 4.5), (6, 6.5), (7, 6.5)]
     """
 
-    def __init__(self, batches: Callable[[int], Iterator[dict[str, Tensor]]], position: Callable[[], int]) -> None:
-        self.batches, self.position = batches, position
+    def __init__(
+        self,
+        batches: Callable[[int], Iterator[dict[str, Tensor]]],
+        position: Callable[[], int],
+        per_step: Callable[[], int] = lambda: 1,
+    ) -> None:
+        self.batches, self.position, self.per_step = batches, position, per_step
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return self.batches(self.position())
+        start, size = self.position(), self.per_step()
+        if size == 1:
+            return self.batches(start)
+        begun = start % size  # of a step: these are counted, and not given again
+        return islice(_counted(self.batches(start - begun), size), begun, None)
+
+
+def _counted(batches: Iterator[dict[str, Tensor]], size: int) -> Iterator[dict[str, Tensor]]:
+    while group := list(islice(batches, size)):
+        num_labels = torch.stack([(batch["labels"] != -100).sum() for batch in group]).float().mean()
+        for batch in group:
+            yield {**batch, "num_labels": num_labels}

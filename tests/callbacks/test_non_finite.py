@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch.utils.data import DataLoader
 
 from looplm import NonFiniteGuard
@@ -75,6 +78,41 @@ def test_run_stops_with_step_depth_checkpoint_and_batch(tmp_path: Path) -> None:
     assert torch.equal(kept["state_dict"]["weight"], before.weight)
     (batch,) = torch.load(folder / "batches_rank_0.pt", weights_only=True)
     assert torch.equal(batch, torch.tensor([[float("inf")]]))
+
+
+class _Keeping(DeepSpeedStrategy):
+    """As a run sees it: gradients are not to be had. The real one needs a GPU."""
+
+    def __init__(self) -> None:
+        pass
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        return decision
+
+
+@pytest.mark.parametrize("loss", [1.0, BAD])
+def test_with_deepspeed_the_run_stops_before_the_step_that_it_cannot_skip(tmp_path: Path, loss: float) -> None:
+    saved: list[Path] = []
+    trainer: Any = SimpleNamespace(
+        strategy=_Keeping(),
+        global_step=4,
+        global_rank=0,
+        callback_metrics={},
+        default_root_dir=tmp_path,
+        save_checkpoint=lambda path, weights_only: saved.append(path),
+    )
+    guard, module = NonFiniteGuard(), Line()
+    guard.on_train_batch_start(trainer, module, torch.ones(1), 4)
+    guard.on_before_backward(trainer, module, torch.tensor(loss))
+    step = partial(guard.on_before_optimizer_step, trainer, module, torch.optim.SGD(module.parameters(), lr=0.1))
+    if loss == 1.0:
+        step()
+        assert saved == []
+        return
+    with pytest.raises(InputError, match=r"1 step\(s\) in a row, the last of them step 4: the run stops"):
+        step()
+    assert saved == [tmp_path / "non_finite" / "before.ckpt"]
+    assert (tmp_path / "non_finite" / "batches_rank_0.pt").exists()
 
 
 def test_counts_survive_a_resume() -> None:

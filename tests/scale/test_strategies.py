@@ -40,16 +40,17 @@ def reference(num_ranks: int, accumulate: int) -> list[dict[str, Tensor]]:
     found = [weights()]
     for step in range(STEPS):
         optimizer.zero_grad()
-        for micro_batch in range(step * accumulate, (step + 1) * accumulate):
-            batches = [
-                data.training_batch(micro_batch, optimizer_step=step, rank=rank, world_size=num_ranks)
-                for rank in range(num_ranks)
-            ]
-            labelled = sum((batch["labels"] != -100).sum() for batch in batches) / num_ranks
-            for rank, batch in enumerate(batches):
-                key = StepKey(seed=SEED, micro_batch=micro_batch, optimizer_step=step, rank=rank)
-                loss = objective(module.model, batch, key, torch.as_tensor(labelled)).loss
-                (loss / (num_ranks * accumulate)).backward()
+        batches = {
+            (micro_batch, rank): data.training_batch(micro_batch, optimizer_step=step, rank=rank, world_size=num_ranks)
+            for micro_batch in range(step * accumulate, (step + 1) * accumulate)
+            for rank in range(num_ranks)
+        }
+        labelled = [(batch["labels"] != -100).sum() for batch in batches.values()]
+        assert len(set(map(int, labelled))) > 1 or step > 0  # else a mean of means would do
+        for (micro_batch, rank), batch in batches.items():
+            key = StepKey(seed=SEED, micro_batch=micro_batch, optimizer_step=step, rank=rank)
+            loss = objective(module.model, batch, key, torch.stack(labelled).float().mean()).loss
+            (loss / len(batches)).backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), BASE["trainer"]["gradient_clip_val"])
         optimizer.step()
         found.append(weights())
