@@ -60,7 +60,7 @@ def replaced(path: Path) -> Iterator[IO[bytes]]:
     except (OSError, ValueError) as error:  # ValueError: a name with a null character
         with contextlib.suppress(OSError, ValueError):
             temporary.unlink(missing_ok=True)
-        kept = "the one before is whole" if path.exists() else "none was there before"
+        kept = "the one before is whole" if os.path.exists(path) else "none was there before"
         raise InputError(f"the checkpoint {str(path)!r} could not be written: {reason(error)}; {kept}.") from error
 
 

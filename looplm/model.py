@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from itertools import repeat
 from typing import Any, cast
 
 import torch
@@ -150,13 +151,10 @@ class LoopedTransformer(nn.Module):
             cache: What ``embed`` was given; the slots of loop ``state.depth`` are read and written.
         """
         hidden = self._inject(state)
-        layers = range(len(self.core))
-        slots = [None for _ in layers] if cache is None else [cache.core_slot(state.depth, layer) for layer in layers]
-        # Evaluation has neither; the penalty, dropout off, has gradients.
-        if self._compiled is not None and cache is None and (self.training or torch.is_grad_enabled()):
-            for block in self.core:
-                hidden = self._compiled(block, hidden, state.context["mask"], state.context["rotary"])
+        if cache is None:
+            hidden = self._core_blocks(self.core, hidden, state.context)
         else:
+            slots = [cache.core_slot(state.depth, layer) for layer in range(len(self.core))]
             hidden = self._blocks(self.core, hidden, state.context, slots)
         return state.advance(self.final_norm(hidden) if self.config.loop_norm else hidden)
 
@@ -202,8 +200,8 @@ class LoopedTransformer(nn.Module):
         """Return the logits after one more step, where they are wanted, and what was run for them.
 
         In a training step nothing but the head and a penalty reads the last states. So the last block runs keys and
-        values of all positions, and queries, output and MLP of those with a label alone, padded to as many a row. Where
-        few are spared, with a coda or compiled, this is ``decode(step(state))``.
+        values of all positions, and queries, output and MLP of those with a label alone, padded to as many a row; it is
+        never compiled. Where few are spared, or with a coda, this is ``decode(step(state))``.
 
         Args:
             state: The state before the step.
@@ -214,11 +212,12 @@ class LoopedTransformer(nn.Module):
         """
         kept = KeptPositions.of(logits_to_keep)
         most = kept.index.shape[1]
-        if len(self.coda) or self._compiled is not None or not 0 < most <= _MOST_KEPT * logits_to_keep.shape[1]:
+        if len(self.coda) or not 0 < most <= _MOST_KEPT * logits_to_keep.shape[1]:
             last = self.step(state)
             return self.decode(last, logits_to_keep=logits_to_keep), last, logits_to_keep.numel()
-        hidden = self._blocks(self.core, self._inject(state), state.context, [None for _ in self.core], kept)
-        hidden = hidden[kept.real]
+        *blocks, last_block = self.core
+        hidden = self._core_blocks(blocks, self._inject(state), state.context)
+        hidden = self._blocks([last_block], hidden, state.context, kept=kept)[kept.real]
         for is_normed in (self.config.loop_norm, self.config.coda_norm):
             hidden = self.final_norm(hidden) if is_normed else hidden
         return self._read_out(hidden), None, kept.index.numel()
@@ -274,17 +273,26 @@ class LoopedTransformer(nn.Module):
         ((_, state),) = unroll_at(self, self.embed(inputs, attention_mask), [num_loops])
         return self.decode(state)
 
+    def _core_blocks(self, blocks: Iterable[nn.Module], hidden: Tensor, context: Any) -> Tensor:
+        """Run core blocks without a cache, compiled where training asks for it."""
+        # Evaluation has neither; the penalty, dropout off, has gradients.
+        if self._compiled is None or not (self.training or torch.is_grad_enabled()):
+            return self._blocks(blocks, hidden, context)
+        for block in blocks:
+            hidden = self._compiled(block, hidden, context["mask"], context["rotary"])
+        return hidden
+
     def _blocks(
         self,
-        blocks: nn.ModuleList,
+        blocks: Iterable[nn.Module],
         hidden: Any,
         context: Any,
-        slots: Sequence[KVSlot | None],
+        slots: Iterable[KVSlot | None] = repeat(None),
         kept: KeptPositions | None = None,
     ) -> Tensor:
-        """Run blocks in turn, the last at ``kept`` alone, where given."""
-        for index, (block, slot) in enumerate(zip(blocks, slots, strict=True), start=1):
-            hidden = block(hidden, context["mask"], context["rotary"], slot, kept if index == len(blocks) else None)
+        """Run blocks in turn, at ``kept`` alone, where given."""
+        for block, slot in zip(blocks, slots, strict=False):
+            hidden = block(hidden, context["mask"], context["rotary"], slot, kept)
         return cast(Tensor, hidden)
 
 

@@ -138,6 +138,11 @@ class LoopLM(L.LightningModule):
             self.model = _pretrained(config, init_from)
         # For checkpoints; the command line gives loggers the whole config.
         self.save_hyperparameters({"config": self.model.config.to_dict()}, logger=False)
+        if objective.spare_unlabelled and self.model.config.num_coda_layers:
+            raise ValueError(
+                "`objective.spare_unlabelled` has no effect with a coda, which reads every last state, got "
+                f"`num_coda_layers` {self.model.config.num_coda_layers}."
+            )
         self.objective = objective
         self.optimizer = optimizer
         self.lr_schedule = lr_schedule

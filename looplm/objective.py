@@ -144,8 +144,18 @@ class STARSObjective:
         length = self.checkpoint_loops
         if length is not None and length != "sqrt" and (isinstance(length, str) or length < 1):
             raise ValueError(f"`checkpoint_loops` must be >= 1, 'sqrt' or null, got {length!r}.")
+        if self.spare_unlabelled and self.penalty_start_step == 0 and self._share_read > _MOST_AGAIN:
+            raise ValueError(
+                "`spare_unlabelled` has no effect with a `penalty` that reads the last states of more than half of the "
+                f"sequences from the first step on, got {type(self.penalty).__name__} on {self._share_read:.0%}."
+            )
         if length is not None and isinstance(self.penalty, SettlingPenalty):
             raise ValueError(f"`checkpoint_loops` must be null: a SettlingPenalty reads every state, got {length!r}.")
+
+    @property
+    def _share_read(self) -> float:
+        """Share of the sequences whose last states the penalty reads."""
+        return getattr(self.penalty, "fraction", 1.0) if self.penalty is not None else 0.0
 
     def weight_at(self, optimizer_step: int) -> float:
         """Return λ at an optimiser step."""
@@ -173,9 +183,7 @@ class STARSObjective:
         labelled = batch["labels"] != -100
         weight = self.weight_at(key.optimizer_step)
         is_penalized = self.penalty is not None and weight > 0
-        share = 0.0  # of the sequences whose last states a penalty reads
-        if is_penalized:
-            share = self.penalty.fraction if isinstance(self.penalty, Penalty) else 1.0
+        share = self._share_read if is_penalized else 0.0
         initial = model.embed(batch["input_ids"], batch.get("attention_mask"))
         state: LoopState | None
         # A question's tokens have no label: a large vocabulary's logits there would be a good part of a step.

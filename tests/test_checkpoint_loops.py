@@ -61,7 +61,7 @@ def test_loss_and_gradients_are_the_same_to_the_bit(
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
-def _kept_bytes(checkpoint_loops: SegmentLength | None, depth: int) -> int:
+def _kept_bytes(checkpoint_loops: SegmentLength | None, depth: int, spare_unlabelled: bool = False) -> int:
     """Return the bytes that the forward pass keeps for the backward pass, weights left out."""
     model, kept = _model(), {}
     weights = {parameter.data_ptr() for parameter in model.parameters()}
@@ -72,9 +72,12 @@ def _kept_bytes(checkpoint_loops: SegmentLength | None, depth: int) -> int:
         return tensor
 
     tokens = torch.zeros(3, 6, dtype=torch.long)
-    objective = STARSObjective(depth_sampler=FixedDepth(depth), checkpoint_loops=checkpoint_loops)
+    labels = tokens.masked_fill(torch.arange(6) < 3, -100) if spare_unlabelled else tokens
+    objective = STARSObjective(
+        depth_sampler=FixedDepth(depth), checkpoint_loops=checkpoint_loops, spare_unlabelled=spare_unlabelled
+    )
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = objective(model, {"input_ids": tokens, "labels": tokens}, KEY)
+        out = objective(model, {"input_ids": tokens, "labels": labels}, KEY)
     del out
     return sum(kept.values())
 
@@ -87,6 +90,10 @@ def test_a_checkpointed_loop_keeps_one_state() -> None:
     assert whole > 10
     in_segments = (_kept_bytes("sqrt", 64) - _kept_bytes("sqrt", 16)) / state
     assert in_segments == pytest.approx(4, abs=0.5)  # 8 segments less 4
+
+
+def test_the_last_loop_keeps_no_more_where_unlabelled_positions_are_spared() -> None:
+    assert _kept_bytes(1, 5, spare_unlabelled=True) <= _kept_bytes(1, 5)
 
 
 @pytest.mark.parametrize("value", [0, -1, "square"])

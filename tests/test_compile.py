@@ -112,6 +112,21 @@ def test_checkpointed_loops_are_compiled_in_both_passes() -> None:
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("num_core_layers", [1, 2])
+def test_spared_positions_have_the_gradient_of_the_eager_run(num_core_layers: int) -> None:
+    batch = {"input_ids": TOKENS, "labels": TOKENS.masked_fill(torch.arange(6) < 4, -100)}
+    gradients = []
+    for model in _pair("aot_eager", num_core_layers=num_core_layers):
+        objective = STARSObjective(depth_sampler=FixedDepth(3), spare_unlabelled=True)
+        out = objective(model, batch, StepKey(seed=0, micro_batch=0))
+        out.loss.backward()
+        assert out.num_queries == 2 * len(TOKENS)
+        gradients.append([p.grad for p in model.parameters()])
+    assert _num_graphs() > 0
+    for wanted, got in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+
+
 def test_evaluation_and_generation_compile_nothing() -> None:
     eager, compiled = (model.eval() for model in _pair("aot_eager"))
     with torch.no_grad():

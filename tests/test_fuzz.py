@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +71,9 @@ _FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "model.objective.penalty": _PENALTIES,
     "model.objective.penalty_weight": st.sampled_from([0.0, 0.1, 1.0, 1.5, -1.0]),
     "model.objective.penalty_ramp_steps": st.sampled_from([0, 2, -1]),
+    "model.objective.penalty_start_step": st.sampled_from([0, 1, -1]),
+    "model.objective.spare_unlabelled": st.booleans(),
+    "model.compile_backend": st.sampled_from([None, "aot_eager", "fastest"]),
     "model.objective.backprop_loops": st.sampled_from([None, 1, 3, 0]),
     "model.objective.checkpoint_loops": st.sampled_from([None, 1, 2, "sqrt", 0, "all"]),
     "model.lr_schedule.warmup_steps": st.sampled_from([0, 2, -1]),
@@ -101,6 +108,12 @@ def _call(argv: list[str]) -> tuple[int, str]:
     return code, errors.getvalue()
 
 
+def _call_process(argv: list[str]) -> tuple[int, str]:
+    command = [sys.executable, "-m", "looplm", *argv]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return done.returncode, done.stderr
+
+
 def _check_refusal(errors: str) -> None:
     lines = [line for line in errors.splitlines() if line.startswith("looplm: error: ")]
     assert len(lines) == 1, errors
@@ -108,18 +121,20 @@ def _check_refusal(errors: str) -> None:
     assert "Traceback" not in errors
 
 
-def _check(overrides: dict[str, Any]) -> None:
+def _check(overrides: dict[str, Any], call: Callable[[list[str]], tuple[int, str]]) -> None:
     folder = Path(tempfile.mkdtemp())
     try:
         config = folder / "config.yaml"
         short = merge(TINY, {"trainer.max_steps": 1, "trainer.limit_val_batches": 0, "trainer.logger": False})
         config.write_text(yaml.safe_dump(merge(short, overrides)), encoding="utf-8")
         argv = ["fit", "--config", str(config), f"--trainer.default_root_dir={folder / 'run'}"]
-        code, errors = _call([*argv, "--print_config"])
-        assert code in (0, 2), errors
-        if code == 2:
-            _check_refusal(errors)
-        trained, errors = _call(argv)
+        code = 0
+        if call is _call:  # a process takes its time
+            code, errors = call([*argv, "--print_config"])
+            assert code in (0, 2), errors
+            if code == 2:
+                _check_refusal(errors)
+        trained, errors = call(argv)
         assert trained in (0, 2), errors
         # What cannot be printed cannot be trained.
         assert trained == 2 or code == 0, errors
@@ -134,19 +149,23 @@ def _check(overrides: dict[str, Any]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _fuzz(num_cases: int) -> None:
+def _fuzz(num_cases: int, call: Callable[[list[str]], tuple[int, str]] = _call) -> None:
     @settings(
         max_examples=num_cases, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
     )
     @given(_OVERRIDES)
     def cases(overrides: dict[str, Any]) -> None:
-        _check(overrides)
+        _check(overrides, call)
 
     cases()
 
 
 def test_random_configs_train_or_are_refused_in_one_line() -> None:
     _fuzz(12)
+
+
+def test_random_configs_do_so_in_processes_of_their_own() -> None:
+    _fuzz(10, _call_process)
 
 
 @pytest.mark.slow

@@ -207,3 +207,9 @@ def test_value_outside_its_range_is_refused_by_name(options: dict[str, Any], nam
 def test_schedule_outside_its_range_is_refused_by_name(options: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         LRSchedule(**options)
+
+
+def test_sparing_unlabelled_positions_is_refused_where_a_coda_reads_every_state() -> None:
+    config = LoopedConfig(vocab_size=11, max_positions=8, width=16, num_heads=2, ffn_width=32, num_coda_layers=2)
+    with pytest.raises(ValueError, match=r"`objective.spare_unlabelled` has no effect with a coda.*got .* 2"):
+        LoopLM(config, STARSObjective(depth_sampler=FixedDepth(1), spare_unlabelled=True))

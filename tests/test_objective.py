@@ -172,8 +172,9 @@ def test_a_penalty_reads_the_same_states_when_unlabelled_positions_are_spared(ba
     outs = []
     for spare_unlabelled in (False, True):
         options = {"backprop_loops": backprop_loops, "spare_unlabelled": spare_unlabelled}
-        objective = STARSObjective(depth_sampler=FixedDepth(3), penalty=penalty, penalty_weight=0.5, **options)
-        outs.append(objective(model, batch, KEY))
+        late = {"penalty": penalty, "penalty_weight": 0.5, "penalty_start_step": 1}
+        objective = STARSObjective(depth_sampler=FixedDepth(3), **late, **options)
+        outs.append(objective(model, batch, replace(KEY, optimizer_step=1)))
     everywhere, spared = outs
     assert (spared.num_queries < everywhere.num_queries) == spares
     assert everywhere.penalty > 0
@@ -422,6 +423,11 @@ def test_padding_changes_neither_loss_nor_gradient(batch, changes):
         ({"penalty_weight": 0.1}, "go together, got None with `penalty_weight` 0.1"),
         ({"penalty_start_step": 5}, "`penalty_start_step` has no effect without a `penalty`, got 5"),
         ({"penalty_ramp_steps": 5}, "`penalty_ramp_steps` has no effect without a `penalty`, got 5"),
+        (
+            {"spare_unlabelled": True, "penalty": JacobianPenalty(fraction=0.6), "penalty_weight": 0.1},
+            "`spare_unlabelled` has no effect with a `penalty` that reads the last states of more than half of the "
+            "sequences from the first step on, got JacobianPenalty on 60%",
+        ),
         ({"penalty_start_step": -1}, "`penalty_start_step` must be >= 0, got -1"),
         ({"backprop_loops": 0}, "`backprop_loops` must be >= 1, got 0"),
     ],

@@ -18,6 +18,7 @@ import textwrap
 import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,7 @@ def _check(words: list[str], capfd: Any) -> None:
     program, *argv = words
     program = Path(program).name or program  # a lone dot is no path's name
     if program == "srun":
-        _check(argv, capfd)
+        _check([*dropwhile(lambda word: word.startswith("--"), argv)], capfd)
     elif program == ".":
         (script,) = argv
         assert f"VENV := {Path(script).parents[1]}\n" in Path("Makefile").read_text()

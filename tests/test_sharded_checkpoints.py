@@ -12,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from looplm.cli import main
+from looplm.commands.ckpt_path import check_checkpoint
 from looplm.errors import InputError
 from looplm.sharded_checkpoints import check_sharded, read_sharded, recover, swap
 
@@ -47,6 +48,14 @@ def test_content_is_that_of_one_file(tmp_path: Path) -> None:
     assert optimizer["param_groups"] == [{"lr": 0.1, "betas": (0.9, 0.99), "params": [0, 1]}]
     assert torch.equal(optimizer["state"][0]["momentum_buffer"], torch.ones(3))
     assert check_sharded(folder) == {"global_step", "state_dict", "optimizer_states"}
+
+
+def test_a_checkpoint_of_deepspeed_is_refused_by_name(tmp_path: Path) -> None:
+    folder = tmp_path / "last.ckpt"  # as its engine lays it out
+    (folder / "checkpoint").mkdir(parents=True)
+    (folder / "latest").write_text("checkpoint")
+    with pytest.raises(InputError, match=r"is a checkpoint of DeepSpeed: pickled code, which looplm does not run"):
+        check_checkpoint(folder, resumes=True, may_be_sharded=False)
 
 
 def _hostile_metadata(folder: Path, ran: Path) -> None:

@@ -53,6 +53,12 @@ def check_checkpoint(path: Path, *, resumes: bool, may_be_sharded: bool) -> None
 
 
 def _read_keys(path: Path) -> Iterable[str]:
+    if (path / "checkpoint").is_dir() and (path / "latest").is_file():
+        raise InputError(
+            f"`ckpt_path` {str(path)!r} is a checkpoint of DeepSpeed: pickled code, which looplm does not run, so that "
+            "its runs cannot go on; `conf/overlays/fsdp.yaml` shards and can. Of a run of your own Lightning's "
+            "`convert_zero_checkpoint_to_fp32_state_dict` makes one file of weights."
+        )
     if path.is_dir():
         raise InputError(f"`ckpt_path` must be a checkpoint file or a run directory with one, got {str(path)!r}.")
     if not path.is_file():

@@ -56,10 +56,7 @@ class PeakBytes(TorchDispatchMode):
 
 def _peak(num_loops: int, checkpoint_loops: Any) -> int:
     model = addition_model()
-    # What the last loop may spare would make the 8 loops less by a larger share.
-    objective = replace(
-        STARS, depth_sampler=FixedDepth(num_loops), checkpoint_loops=checkpoint_loops, spare_unlabelled=False
-    )
+    objective = replace(STARS, depth_sampler=FixedDepth(num_loops), checkpoint_loops=checkpoint_loops)
     batch = addition_batch()
     with PeakBytes() as peak:
         objective(model, batch, StepKey(seed=0, micro_batch=0)).loss.backward()

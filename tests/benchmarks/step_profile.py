@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch.profiler import ProfilerActivity, profile
 
-from .training_step import STARS, addition_model, authors_step, model_step
+from .training_step import SPARING, addition_model, authors_step, model_step
 
 __all__ = ["kind_of", "step_profile"]
 
@@ -44,7 +44,7 @@ def _milliseconds(step: Callable[[], None], num_steps: int) -> Counter[str]:
 def step_profile(width: int, num_steps: int) -> str:
     """Return a Markdown table: milliseconds and shares of both steps."""
     model = addition_model(width)
-    before, after = (_milliseconds(step, num_steps) for step in (authors_step(model), model_step(model, STARS)))
+    before, after = (_milliseconds(step, num_steps) for step in (authors_step(model), model_step(model, SPARING)))
     lines = [f"| width {width} | the authors' procedure (ms) | % | STARS step (ms) | % |", "|---|---|---|---|---|"]
     for kind in (*_KINDS, _REST):
         cells = (f"{spent[kind]:.1f} | {100 * spent[kind] / spent.total():.0f}" for spent in (before, after))

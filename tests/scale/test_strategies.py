@@ -15,13 +15,14 @@ from torch import Tensor
 from looplm import ArithmeticDataModule, JacobianPenalty, LoopedConfig, LoopLM, STARSObjective, UniformDepth
 from looplm.cli import main
 from looplm.randomness import StepKey
+from looplm.stability.products import ProductName
 
 SEED = BASE["seed_everything"]
 STEPS = BASE["trainer"]["max_steps"]
 MODEL = BASE["model"]
 
 
-def reference(num_ranks: int, accumulate: int) -> list[dict[str, Tensor]]:
+def reference(num_ranks: int, accumulate: int, method: ProductName) -> list[dict[str, Tensor]]:
     """Return the weights before and after each step, computed without Lightning in this process."""
     data = ArithmeticDataModule(**BASE["data"]["init_args"], seed=SEED)
     config = LoopedConfig(vocab_size=data.vocab_size, max_positions=data.max_positions, **MODEL["config"])
@@ -29,7 +30,7 @@ def reference(num_ranks: int, accumulate: int) -> list[dict[str, Tensor]]:
     objective = STARSObjective(
         depth_sampler=UniformDepth(1, 5),
         backprop_loops=3,
-        penalty=JacobianPenalty(method="finite_difference"),
+        penalty=JacobianPenalty(method=method),
         penalty_weight=0.2,
     )
     optimizer = torch.optim.SGD(module.parameters(), lr=0.2, momentum=0.9)
@@ -66,14 +67,18 @@ def largest_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> f
     return max((first[name] - second[name]).abs().max().item() for name in first)
 
 
-RUNS = {
-    "ddp": (2, 1, ["--config", "conf/overlays/ddp.yaml", *TWO_ON_CPU]),
-    "fsdp": (2, 1, ["--config", "conf/overlays/fsdp.yaml", *TWO_ON_CPU]),
-    "accumulation": (1, 2, ["--trainer.accumulate_grad_batches=2"]),
-    "fsdp-accumulation": (
-        *(2, 2),
-        ["--config", "conf/overlays/fsdp.yaml", *TWO_ON_CPU, "--trainer.accumulate_grad_batches=2"],
-    ),
+DDP = ["--config", "conf/overlays/ddp.yaml", *TWO_ON_CPU]
+FSDP = ["--config", "conf/overlays/fsdp.yaml", *TWO_ON_CPU]
+TWICE = "--trainer.accumulate_grad_batches=2"
+METHOD = "--model.objective.penalty.init_args.method"
+# Processes, micro-batches a step, options, product.
+RUNS: dict[str, tuple[int, int, list[str], ProductName]] = {
+    "ddp": (2, 1, DDP, "finite_difference"),
+    "fsdp": (2, 1, FSDP, "finite_difference"),
+    "accumulation": (1, 2, [TWICE], "finite_difference"),
+    "fsdp-accumulation": (2, 2, [*FSDP, TWICE], "finite_difference"),
+    "ddp-jvp": (2, 1, [*DDP, f"{METHOD}=jvp"], "jvp"),
+    "fsdp-vjp": (2, 1, [*FSDP, f"{METHOD}=vjp"], "vjp"),
 }
 
 
@@ -85,10 +90,11 @@ def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     def run(name: str) -> Path:
         if name not in done:
             folder = tmp_path_factory.mktemp(name)
-            num_ranks, _, options = RUNS[name]
+            num_ranks, _, options, method = RUNS[name]
             argv = ["fit", "--config", base, *options, f"--trainer.default_root_dir={folder}"]
             said = run_looplm(*argv, num_ranks=num_ranks)
-            assert "penalty: product finite_difference, chosen for" in said
+            reason = "asked for; right under" if f"{METHOD}={method}" in options else "chosen for"
+            assert f"penalty: product {method}, {reason}" in said
             done[name] = folder
         return done[name]
 
@@ -97,8 +103,8 @@ def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_steps_are_those_of_one_process_that_sees_every_sample(name: str, trained: Any) -> None:
-    num_ranks, accumulate, _ = RUNS[name]
-    folder, expected = trained(name), reference(num_ranks, accumulate)
+    num_ranks, accumulate, _, method = RUNS[name]
+    folder, expected = trained(name), reference(num_ranks, accumulate, method)
     gradients = [
         {key: (before[key] - after[key]) / 0.2 for key in before}
         for before, after in ((expected[0], expected[1]), (expected[0], saved(folder, 1)["state_dict"]))
