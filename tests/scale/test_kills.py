@@ -10,6 +10,7 @@ import signal
 import stat
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,30 @@ def processes_of(folder: Path) -> list[int]:
     return found
 
 
+def wait_for_end(folder: Path, deadline: float) -> None:
+    while processes_of(folder):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def two_processes(base: Path, folder: Path, strategy: str) -> Iterator[subprocess.Popen[str]]:
+    """A long run on two processes that has saved once; whatever happens, none is left."""
+    overlay = ["--config", f"conf/overlays/{strategy}.yaml", *TWO_ON_CPU]
+    process = looplm_process(*fit(base, folder, *overlay, "--trainer.max_steps=100000"))
+    try:
+        deadline = time.monotonic() + 180
+        while not (folder / LAST).exists():
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        yield process
+    finally:
+        for pid in processes_of(folder):
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+
+
 @pytest.mark.parametrize(
     ("victim", "strategy"),
     [
@@ -183,27 +208,29 @@ def test_loss_of_a_rank_ends_the_run_and_leaves_no_process(
     base: Path, tmp_path: Path, strategy: str, victim: str
 ) -> None:
     folder = tmp_path / "run"
-    overlay = ["--config", f"conf/overlays/{strategy}.yaml", *TWO_ON_CPU]
-    process = looplm_process(*fit(base, folder, *overlay, "--trainer.max_steps=100000"))
-    try:
-        deadline = time.monotonic() + 180
-        while not (folder / LAST).exists():
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+    with two_processes(base, folder, strategy) as process:
         children = [pid for pid in processes_of(folder) if pid != process.pid]
         assert len(children) == 1
         os.kill(children[0] if victim == "child" else process.pid, signal.SIGKILL)
         began = time.monotonic()
         _, err = process.communicate(timeout=60)
         assert process.returncode != 0
-        while processes_of(folder):
-            assert time.monotonic() - began < 60, err
-            time.sleep(0.1)
+        wait_for_end(folder, began + 60)
         if victim == "child":
             assert "another process of this run has ended" in err or "terminated with code -9" in err
         assert saved(folder)["global_step"] >= 1
-    finally:
-        for pid in processes_of(folder):
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_sigterm_to_one_of_two_processes_saves_and_ends_both(base: Path, tmp_path: Path, strategy: str) -> None:
+    folder = tmp_path / "run"
+    with two_processes(base, folder, strategy) as process:
+        before = saved(folder)["global_step"]
+        os.kill(process.pid, signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 128 + signal.SIGTERM, err
+        wait_for_end(folder, time.monotonic() + 10)
+        step = saved(folder)["global_step"]
+        assert step >= before
+        assert f"SIGTERM: saved {folder / LAST} after step {step}" in err
+        assert "weights_only" not in err
