@@ -53,11 +53,13 @@ def _num_graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-def _train(model: LoopedTransformer, objective: STARSObjective, num_steps: int) -> list[float]:
+def _train(
+    model: LoopedTransformer, objective: STARSObjective, num_steps: int, batch: dict[str, torch.Tensor] = BATCH
+) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
     for step in range(num_steps):
-        loss = objective(model, BATCH, StepKey(seed=0, micro_batch=step)).loss
+        loss = objective(model, batch, StepKey(seed=0, micro_batch=step)).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -85,6 +87,24 @@ def test_random_depths_give_the_losses_of_the_eager_run_and_few_graphs(backend: 
     # Rounding grows with the steps; a wrong graph would show in the first of them.
     assert losses[:10] == pytest.approx(expected[:10], rel=1e-4)
     assert losses == pytest.approx(expected, rel=0.05)
+
+
+def test_random_depths_with_spared_positions_compile_few_graphs() -> None:
+    eager, compiled = _pair("aot_eager")
+    objective = STARSObjective(
+        depth_sampler=LogNormalDepth(mu=1.7, sigma=0.7, min_depth=1, max_depth=40),
+        backprop_loops=4,
+        spare_unlabelled=True,
+        penalty=JacobianPenalty(fraction=0.25),
+        penalty_weight=0.1,
+    )
+    batch = {"input_ids": TOKENS, "labels": TOKENS.masked_fill(torch.arange(6) < 4, -100)}
+    losses = _train(compiled, objective, 10, batch)
+    assert losses == pytest.approx(_train(eager, objective, 10, batch), rel=1e-4)
+    after_ten = _num_graphs()
+    assert 1 <= after_ten <= 5
+    _train(compiled, objective, 50, batch)
+    assert _num_graphs() == after_ten
 
 
 @pytest.mark.parametrize("method", ["finite_difference", "jvp", "vjp"])
