@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from itertools import repeat
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -287,11 +286,12 @@ class LoopedTransformer(nn.Module):
         blocks: Iterable[nn.Module],
         hidden: Any,
         context: Any,
-        slots: Iterable[KVSlot | None] = repeat(None),
+        slots: Sequence[KVSlot | None] | None = None,
         kept: KeptPositions | None = None,
     ) -> Tensor:
         """Run blocks in turn, at ``kept`` alone, where given."""
-        for block, slot in zip(blocks, slots, strict=False):
+        blocks = list(blocks)
+        for block, slot in zip(blocks, [None] * len(blocks) if slots is None else slots, strict=True):
             hidden = block(hidden, context["mask"], context["rotary"], slot, kept)
         return cast(Tensor, hidden)
 
