@@ -30,7 +30,7 @@ from looplm.metrics import share_all_right
 from looplm.model import LoopedTransformer
 from looplm.objective import ObjectiveOutput, STARSObjective
 from looplm.origin import pack_origin
-from looplm.parallel import choose_product, count_labels, shard_looped
+from looplm.parallel import choose_product, count_labels, shard_looped, warn_of_lost_updates
 from looplm.randomness import StepKey
 from looplm.scoring import predictions_at_depths
 
@@ -199,6 +199,8 @@ class LoopLM(L.LightningModule):
     def on_fit_start(self) -> None:
         """Choose the penalty's product for this strategy and precision, and say which; compile what is compiled.
 
+        Warns where most weights are too coarse for the learning rate.
+
         Raises:
             InputError: If the config names a product that does not work there, or there is no compiler.
         """
@@ -207,6 +209,7 @@ class LoopLM(L.LightningModule):
             self.model.compile_core(self.compile_backend)
         if self.objective.penalty is not None:
             self.objective = replace(self.objective, penalty=choose_product(self.objective.penalty, self.trainer))
+        warn_of_lost_updates(self.trainer)
 
     def _step_key(self) -> StepKey:
         return StepKey(

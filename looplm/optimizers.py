@@ -1,4 +1,4 @@
-"""Muon for the matrices of the blocks and AdamW for the rest, as one optimiser.
+"""Muon for the matrices of the blocks and AdamW for the rest, as one optimiser; and what narrow weights lose of any.
 
 Both update rules are PyTorch's; here they share a learning rate, a schedule and a checkpoint, and Muon does without
 bfloat16 on a CPU and takes matrices apart that are several.
@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Muon, Optimizer
 
-__all__ = ["MuonAdamW"]
+__all__ = ["MuonAdamW", "share_of_lost_updates"]
 
 _FUSED = ("qkv", "qkv_proj", "Wqkv")
 _TABLES = ("token_embedding", "position_embedding", "embed_tokens", "wte", "wpe", "head", "lm_head")
@@ -148,3 +149,31 @@ class MuonAdamW(Optimizer):
 def _share_again(optimizer: Optimizer) -> None:
     assert isinstance(optimizer, MuonAdamW)
     optimizer._share()
+
+
+@torch.no_grad()
+def share_of_lost_updates(optimizer: Optimizer) -> float:
+    """Return the share of the weights that are too large to be changed by an update as large as the learning rate.
+
+    A weight w in [2ᵉ, 2ᵉ⁺¹) of a number type with precision eps moves in steps of ``eps · 2ᵉ``: less than half of one
+    rounds to nothing. AdamW's and Muon's updates are about as large as the learning rate, most of them smaller.
+
+    Args:
+        optimizer: Its groups' ``initial_lr``, if a schedule has set one, else their ``lr``. Of sharded weights this
+            process's part is looked at alone.
+
+    Example:
+        >>> weights = torch.full((4,), 0.02, dtype=torch.bfloat16)
+        >>> [share_of_lost_updates(torch.optim.AdamW([weights], lr=lr)) for lr in (1e-6, 1e-3)]
+        [1.0, 0.0]
+    """
+    num_lost = num_weights = 0
+    for group in optimizer.param_groups:
+        lr = float(group.get("initial_lr", group["lr"]))
+        for param in group["params"]:
+            weights = param.to_local() if isinstance(param, DTensor) else param
+            exponent = weights.float().frexp().exponent - 1
+            spacing = torch.finfo(weights.dtype).eps * torch.exp2(exponent)
+            num_lost += int(((0.5 * spacing > lr) & (weights != 0)).sum())
+            num_weights += weights.numel()
+    return num_lost / max(num_weights, 1)

@@ -1,4 +1,4 @@
-"""What training on several processes needs beyond one: which product is right, sharding, and means over all ranks.
+"""What strategy and precision ask of training: which product is right, sharding, means over all ranks, coarse weights.
 
 Knows Lightning's strategies and torch's FSDP 2; of a model only that some of its blocks run once a step.
 """
@@ -16,17 +16,19 @@ from lightning.pytorch.strategies import (
     ModelParallelStrategy,
     SingleDeviceStrategy,
 )
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from looplm.errors import InputError
+from looplm.optimizers import share_of_lost_updates
 from looplm.stability.choice import Parallelism, possible_products
 from looplm.stability.penalty import JacobianPenalty, Penalty
+from looplm.stability.products import narrowed_products
 from looplm.stability.settling import SettlingPenalty
 
-__all__ = ["choose_product", "count_labels", "shard_looped"]
+__all__ = ["choose_product", "count_labels", "shard_looped", "warn_of_lost_updates"]
 
 
 def _parallelism(trainer: L.Trainer) -> Parallelism:
@@ -58,6 +60,8 @@ def _has_narrow_weights(trainer: L.Trainer) -> bool:
 def choose_product(penalty: Penalty | SettlingPenalty, trainer: L.Trainer) -> Penalty | SettlingPenalty:
     """Return the penalty with a product that is right under the trainer's strategy and precision, and say which.
 
+    Warns where it is finite differences although float32 products are narrowed.
+
     Args:
         penalty: With ``method: auto`` it gets the best that works; with another method that one is checked.
         trainer: The trainer, its strategy set up.
@@ -75,8 +79,10 @@ def choose_product(penalty: Penalty | SettlingPenalty, trainer: L.Trainer) -> Pe
     if isinstance(penalty, SettlingPenalty) or penalty.method is None:
         return penalty
     parallelism = _parallelism(trainer)
-    possible = possible_products(parallelism, narrow_weights=_has_narrow_weights(trainer))
+    narrowed, narrow_weights = narrowed_products(trainer.strategy.root_device.type), _has_narrow_weights(trainer)
+    possible = possible_products(parallelism, narrow_weights=narrow_weights, narrowed=narrowed is not None)
     where = f"{parallelism} at precision {trainer.precision}"
+    where += f" with products narrowed to {narrowed}" if narrowed else ""
     if not possible:
         raise InputError(
             f"`model.objective.penalty` works with no product under {where}: another strategy, or `precision` 32-true."
@@ -94,7 +100,32 @@ def choose_product(penalty: Penalty | SettlingPenalty, trainer: L.Trainer) -> Pe
     else:
         raise InputError(f"{type(penalty).__name__} needs the product {penalty.method!r}, which fails under {where}.")
     rank_zero_info(f"penalty: product {penalty.method}, {reason} {where}")
+    if narrowed and penalty.method == "finite_difference":
+        rank_zero_warn(
+            f"the penalty's finite differences lose digits: float32 products are narrowed to {narrowed}. Use "
+            "torch.set_float32_matmul_precision('highest') or, where it works, another `method`."
+        )
     return penalty
+
+
+def warn_of_lost_updates(trainer: L.Trainer, most: float = 0.5) -> None:
+    """Warn where more than a share ``most`` of the weights cannot move: bfloat16 weights and a small learning rate.
+
+    DeepSpeed updates a copy in float32.
+
+    Example:
+        >>> import lightning as L
+        >>> warn_of_lost_updates(L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False))
+    """
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        return
+    for optimizer in trainer.optimizers:
+        lost = share_of_lost_updates(optimizer)
+        if lost > most:
+            rank_zero_warn(
+                f"{lost:.0%} of the weights are too large to move: at `trainer.precision` {trainer.precision} an "
+                "update of the learning rate's size rounds to nothing. Use bf16-mixed, which keeps them in float32."
+            )
 
 
 def count_labels(batch: Mapping[str, Any], trainer: L.Trainer) -> Tensor | None:

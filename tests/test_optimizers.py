@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from looplm import LoopedConfig, LoopedTransformer, MuonAdamW
+from looplm.optimizers import share_of_lost_updates
 
 
 def _net() -> nn.Module:
@@ -119,3 +120,16 @@ def test_parameters_without_names_or_without_matrices_are_refused() -> None:
         MuonAdamW(_net().parameters())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="AdamW alone would do"):
         MuonAdamW(nn.LayerNorm(4).named_parameters())
+
+
+@pytest.mark.parametrize("lr", [1e-6, 1e-5, 1e-4, 1e-3])
+def test_lost_updates_are_those_that_leave_a_weight_as_it_was(lr: float) -> None:
+    drawn = 0.02 * torch.randn(10_000, generator=torch.Generator().manual_seed(0))
+    weights = nn.Parameter(torch.cat([drawn, torch.zeros(10)]).bfloat16())
+    optimizer = torch.optim.AdamW([weights], lr=lr, weight_decay=0.0)
+    expected = share_of_lost_updates(optimizer)
+    before = weights.detach().clone()
+    weights.grad = torch.where(before < 0, -1.0, 1.0).bfloat16().neg()  # away from zero, where spacing is not halved
+    optimizer.step()
+    assert (weights == before).float().mean().item() == pytest.approx(expected, abs=0.01)
+    assert share_of_lost_updates(torch.optim.AdamW([nn.Parameter(drawn)], lr=lr)) == 0

@@ -3,7 +3,7 @@
 Knows names alone; how a trainer maps to them is :mod:`looplm.parallel`'s affair. Measured with torch 2.13 on two
 processes; "no" is a crash, an error or a wrong gradient, not a matter of taste:
 
-- finite differences evaluate Φ in float32, which bfloat16 weights refuse;
+- finite differences evaluate Φ in float32, which bfloat16 weights refuse, and lose digits where products are narrowed;
 - forward mode and double backward cannot go through parameters that ZeRO stage 3 gathers module by module;
 - forward mode crashes in FSDP 1, whose flat parameters are views.
 """
@@ -31,15 +31,20 @@ _POSSIBLE: dict[Parallelism, tuple[ProductName, ...]] = {
 }
 
 
-def possible_products(parallelism: Parallelism, *, narrow_weights: bool) -> tuple[ProductName, ...]:
+def possible_products(
+    parallelism: Parallelism, *, narrow_weights: bool, narrowed: bool = False
+) -> tuple[ProductName, ...]:
     """Return the products that are right in a run, the one to use first; none where nothing works.
 
     Args:
         parallelism: How parameters are held.
         narrow_weights: Whether the weights themselves are bfloat16 or float16 (not: computed in it under autocast).
+        narrowed: Whether float32 matrix products are, see :func:`~looplm.stability.products.narrowed_products`; finite
+            differences then come last.
 
     Example:
         >>> possible_products("fsdp1", narrow_weights=True)
         ('vjp',)
     """
-    return tuple(name for name in _POSSIBLE[parallelism] if not (narrow_weights and name == "finite_difference"))
+    possible = tuple(name for name in _POSSIBLE[parallelism] if not (narrow_weights and name == "finite_difference"))
+    return tuple(sorted(possible, key=lambda name: name == "finite_difference")) if narrowed else possible

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from looplm.stability.estimators import spectral_norm, spectral_radius
-from looplm.stability.products import PRODUCTS, ProductName, vjp
+from looplm.stability.products import PRODUCTS, ProductName, narrowed_products, vjp
 from looplm.stability.vectors import Hidden, StepFn, batch_unit, mask_padding, random_unit, squared_norm
 
 __all__ = ["JacobianPenalty", "LastStepPenalty", "Penalty", "Quantity", "StarsReleasePenalty"]
@@ -81,7 +81,7 @@ class JacobianPenalty(Penalty):
         quantity: What is penalised.
         method: The product: ``finite_difference`` (any kernel), ``jvp`` (exact), ``vjp``, or ``auto``: what the run's
             strategy and precision allow (``LoopLM`` decides and says so); outside of it finite differences, or ``jvp``
-            where the state is narrower than float32 without autocast.
+            where the state is narrower than float32 without autocast, or float32 products are.
         num_iterations: Products (``spectral_radius``, at least 2) or applications of ``JᵀJ`` (``spectral_norm``); 1 for
             ``mean_gain``.
         target: No penalty below it; a target < 1 for the spectral radius asks for stability and no more.
@@ -173,7 +173,7 @@ def _usual_product(hidden: Hidden) -> ProductName:
     leaf = pytree.tree_leaves(hidden)[0]
     # Under autocast the state may be narrow while the weights are float32, which is what counts.
     narrow = torch.finfo(leaf.dtype).bits < 32 and not torch.is_autocast_enabled(leaf.device.type)
-    return "jvp" if narrow else "finite_difference"
+    return "jvp" if narrow or narrowed_products(leaf.device.type) else "finite_difference"
 
 
 class StarsReleasePenalty(Penalty):

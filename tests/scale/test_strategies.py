@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ STEPS = BASE["trainer"]["max_steps"]
 MODEL = BASE["model"]
 
 
-def reference(num_ranks: int, accumulate: int, method: ProductName) -> list[dict[str, Tensor]]:
+def reference(
+    num_ranks: int, accumulate: int, method: ProductName, dtype: torch.dtype = torch.float32
+) -> list[dict[str, Tensor]]:
     """Return the weights before and after each step, computed without Lightning in this process."""
     data = ArithmeticDataModule(**BASE["data"]["init_args"], seed=SEED)
     config = LoopedConfig(vocab_size=data.vocab_size, max_positions=data.max_positions, **MODEL["config"])
-    module = LoopLM(config, seed=SEED)
+    module = LoopLM(config, seed=SEED).to(dtype)
     objective = STARSObjective(
         depth_sampler=UniformDepth(1, 5),
         backprop_loops=3,
@@ -114,6 +117,37 @@ def test_steps_are_those_of_one_process_that_sees_every_sample(name: str, traine
     assert largest_difference(*gradients) <= 1e-5
     for step in range(1, STEPS + 1):
         assert largest_difference(saved(folder, step)["state_dict"], expected[step]) <= 1e-5
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("precision", "method", "dtype", "tolerance"),
+    [("bf16-mixed", "finite_difference", torch.float32, 0.02), ("bf16-true", "jvp", torch.bfloat16, 0.1)],
+)
+def test_narrow_steps_go_where_those_of_one_process_go(
+    strategy: str, precision: str, method: ProductName, dtype: torch.dtype, tolerance: float, base: Path, tmp_path: Path
+) -> None:
+    options = [*RUNS[strategy][2], "--config", f"conf/overlays/{precision}.yaml"]
+    said = run_looplm("fit", "--config", base, *options, f"--trainer.default_root_dir={tmp_path}", num_ranks=2)
+    assert f"penalty: product {method}, chosen for" in said
+    first, *_, expected = reference(2, 1, method, dtype)
+    found = saved(tmp_path, STEPS)["state_dict"]
+    assert {weight.dtype for weight in found.values()} == {dtype}
+    off, moved = (
+        math.sqrt(sum((weights[key].double() - expected[key].double()).square().sum().item() for key in expected))
+        for weights in (found, first)
+    )
+    assert off <= tolerance * moved
+
+
+def test_weights_too_coarse_for_the_learning_rate_are_told(base: Path, tmp_path: Path) -> None:
+    for lr, is_told in (("1e-6", True), ("0.2", False)):
+        options = [f"--model.optimizer.init_args.lr={lr}", f"--trainer.default_root_dir={tmp_path / lr}"]
+        said = run_looplm("fit", "--config", base, "--config", "conf/overlays/bf16-true.yaml", *options)
+        assert (
+            bool(re.search(r"9\d% of the weights are too large to move: at `trainer.precision` bf16-true", said))
+            == is_told
+        )
 
 
 def test_mean_over_ranks_is_the_mean_over_all_tokens() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -10,7 +11,7 @@ from typing import Any, get_args
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ParallelStrategy
 
 from looplm import JacobianPenalty, LastStepPenalty, ShardedStrategy, StarsReleasePenalty
 from looplm.errors import InputError
@@ -18,9 +19,18 @@ from looplm.parallel import choose_product
 from looplm.stability.choice import Parallelism, possible_products
 
 
+@pytest.fixture
+def narrowed_to_tf32() -> Iterator[None]:
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
 def _run(strategy: Any = None, precision: str = "32-true") -> Any:
     """What the choice reads of a trainer: a strategy that needs a GPU or a second process cannot be set up here."""
     strategy = L.Trainer(accelerator="cpu", logger=False).strategy if strategy is None else strategy
+    if isinstance(strategy, ParallelStrategy):
+        strategy.parallel_devices = [torch.device("cpu")]
     return SimpleNamespace(strategy=strategy, precision=precision)
 
 
@@ -54,6 +64,40 @@ def test_auto_becomes_the_best_that_works_and_is_said(
     assert (chosen.method, chosen.target, penalty.method) == (expected, 0.5, "auto")
     assert f"penalty: product {expected}, chosen for" in caplog.text
     assert precision in caplog.text
+
+
+@pytest.mark.usefixtures("narrowed_to_tf32")
+def test_narrowed_products_cost_finite_differences_their_digits(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    assert choose_product(JacobianPenalty(), _run(DDPStrategy())).method == "jvp"
+    assert choose_product(JacobianPenalty(), _run(FSDPStrategy())).method == "vjp"
+    assert "products narrowed to tf32" in caplog.text
+    forced = JacobianPenalty(method="finite_difference")
+    with pytest.warns(UserWarning, match="finite differences lose digits: float32 products are narrowed to tf32"):
+        assert choose_product(forced, _run()) is forced
+
+
+@pytest.mark.usefixtures("narrowed_to_tf32")
+def test_auto_outside_of_a_run_follows_the_products() -> None:
+    hidden = torch.ones(2, 3)
+    with pytest.raises(NotImplementedError, match="`jvp` cannot go through"):
+        JacobianPenalty()(_NoForwardMode.apply, hidden, hidden, None, torch.Generator())
+
+
+class _NoForwardMode(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad
 
 
 def test_forced_product_that_works_stays() -> None:
