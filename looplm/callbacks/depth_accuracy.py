@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
-from looplm.callbacks.output import publish_figure, replace_file, write_table
+from looplm.callbacks.output import publish_figure, replace_file, step_of_figures, write_table
 from looplm.figures import depth_curves, settling_by_depth
 from looplm.metrics import DepthExactMatch, DepthSettling, DepthTokenAccuracy, depth_summary
 
@@ -123,11 +123,12 @@ class DepthAccuracyCurve(L.Callback):
             columns = (split.depths, exact_match, token_accuracy, settled, escaped)
             rows += [dict(zip(_COLUMNS, (title, *row), strict=True)) for row in zip(*columns, strict=True)]
         if rows:
-            self._write(trainer, stage, Path(log_dir or trainer.default_root_dir), rows, summaries)
+            folder = Path(log_dir or trainer.default_root_dir)
+            self._write(trainer, stage, folder, rows, summaries, step_of_figures(trainer))
         self._splits = {}
 
     @rank_zero_only
-    def _write(self, trainer: L.Trainer, stage: str, folder: Path, rows: Any, summaries: Any) -> None:
+    def _write(self, trainer: L.Trainer, stage: str, folder: Path, rows: Any, summaries: Any, step: int) -> None:
         def columns(*names: str) -> dict[str, tuple[list[Any], ...]]:
             return {
                 title: tuple([row[name] for row in rows if row["split"] == title] for name in names)
@@ -142,7 +143,7 @@ class DepthAccuracyCurve(L.Callback):
             "settling": ("settling_by_depth", settling_by_depth(settling)),
         }
         for file_name, (key, figure) in figures.items():
-            publish_figure(trainer, f"{stage}/{key}", figure, folder / f"{stage}_{file_name}.png")
+            publish_figure(trainer, f"{stage}/{key}", figure, folder / f"{stage}_{file_name}.png", step)
         write_table(folder / f"{stage}_curve.csv", rows)
         replace_file(folder / f"{stage}_summary.json", json.dumps(summaries, indent=2).encode())
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import lightning as L
 import torch
 from torch import Tensor
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from looplm.dynamics import QUANTITIES, Trajectory
 from looplm.figures import accuracy_and_stability, quantity_by_depth
@@ -49,14 +49,20 @@ class DynamicsTable:
 
     @classmethod
     def gather(
-        cls, depths: list[int], batches: Sequence[Mapping[str, Tensor]], pl_module: L.LightningModule | None = None
+        cls,
+        depths: list[int],
+        batches: Sequence[Mapping[str, Tensor]],
+        indices: Sequence[Tensor] | None = None,
+        device: torch.device | None = None,
     ) -> DynamicsTable:
-        """Combine batches, and with ``pl_module`` all ranks (each must call).
+        """Combine batches, and with ``device`` all ranks (each must call).
 
         Args:
             depths: K depths.
             batches: For each batch and quantity ``(K, B)``.
-            pl_module: Gathers; None: there is one rank.
+            indices: For each batch which sequences those are, int64 ``(B,)``: one that comes again, as distributed
+                samplers make it, does not count. None: all differ.
+            device: Where this rank's process group gathers; None: there is one rank.
 
         Example:
             >>> table = DynamicsTable.gather([1, 2], [{"residual": torch.tensor([[1.0, 3.0], [0.0, 1.0]])}])
@@ -65,20 +71,17 @@ class DynamicsTable:
         """
         names = list(batches[0])
         values = torch.stack([torch.cat([batch[name] for batch in batches], dim=1) for name in names]).double()
-        sums = values.sum(-1)
+        index = None if indices is None else torch.cat([part.flatten() for part in indices])
+        if device is not None:  # ranks may have measured different numbers of sequences
+            values = torch.cat(gather_all_tensors(values.to(device)), dim=-1).cpu()
+            index = None if index is None else torch.cat(gather_all_tensors(index.to(device))).cpu()
+        if index is not None:
+            values = values[..., _first_places(index)]
+        count, mean = values.shape[-1], values.mean(-1)
         if _ERROR in names:  # errors of independent draws add in squares
-            sums[names.index(_ERROR)] = values[names.index(_ERROR)].square().sum(-1)
-        count = torch.full_like(sums, values.shape[-1])
-        parts = torch.stack([sums, values.amin(-1), values.amax(-1), count])[None]  # (ranks, 4, quantities, K)
-        if pl_module is not None:
-            gathered: Any = pl_module.all_gather(parts[0].to(pl_module.device))
-            parts = gathered.cpu()
-        sums, least, most, count = parts[:, 0].sum(0), parts[:, 1].amin(0), parts[:, 2].amax(0), parts[:, 3].sum(0)
-        mean = sums / count
-        if _ERROR in names:
-            mean[names.index(_ERROR)] = sums[names.index(_ERROR)].sqrt() / count[0]
-        by_name = [dict(zip(names, x.tolist(), strict=True)) for x in (mean, least, most)]
-        return cls(depths, int(count[0, 0]), *by_name)
+            mean[names.index(_ERROR)] = values[names.index(_ERROR)].square().sum(-1).sqrt() / count
+        by_name = [dict(zip(names, x.tolist(), strict=True)) for x in (mean, values.amin(-1), values.amax(-1))]
+        return cls(depths, count, *by_name)
 
     def scalars(self, prefix: str) -> dict[str, float]:
         """Return the means under their log keys, ``{prefix}/dynamics/residual/depth_00008``; undefined are left out."""
@@ -101,6 +104,14 @@ class DynamicsTable:
                     row |= {f"{name}_min": self.least[name][index], f"{name}_max": self.most[name][index]}
             rows.append(row)
         return rows
+
+
+def _first_places(index: Tensor) -> list[int]:
+    """Return where each value stands for the first time."""
+    places: dict[int, int] = {}
+    for place, value in enumerate(index.tolist()):
+        places.setdefault(value, place)
+    return list(places.values())
 
 
 def _spans_decades(curves: Mapping[str, tuple[list[int], list[float]]]) -> bool:

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from looplm.callbacks.answer_log import AnswerLog
 from looplm.callbacks.graded_summary import graded_summary
-from looplm.callbacks.output import publish_figure, write_table
+from looplm.callbacks.output import publish_figure, step_of_figures, write_table
 from looplm.corpora.extraction import extract_answer
 from looplm.corpora.grading import Grader
 from looplm.corpora.votes import majority_vote
@@ -181,10 +181,11 @@ class GradedAnswers(L.Callback):
         summary = graded_summary(rows, confidence=self.confidence)
         logged = {f"test/accuracy/{line['source']}/depth_{line['depth']:05d}": line["accuracy"] for line in summary}
         pl_module.log_dict(logged, rank_zero_only=False, sync_dist=trainer.world_size > 1)
+        step = step_of_figures(trainer)
         if trainer.is_global_zero:
-            self._write(trainer, folder, summary)
+            self._write(trainer, folder, summary, step)
 
-    def _write(self, trainer: L.Trainer, folder: Path, summary: list[dict[str, Any]]) -> None:
+    def _write(self, trainer: L.Trainer, folder: Path, summary: list[dict[str, Any]], step: int) -> None:
         names = list(dict.fromkeys(name for line in summary for name in line))
         write_table(folder / "test_graded.csv", [{name: line.get(name, "") for name in names} for line in summary])
         curves: dict[str, Any] = {}
@@ -198,7 +199,7 @@ class GradedAnswers(L.Callback):
                 f"{last['drop']:.1f} points less at {last['depth']}; unparsable there {100 * last['unparsable']:.1f} %"
             )
         figure = accuracy_bands(curves, confidence=self.confidence)
-        publish_figure(trainer, "test/graded_by_depth", figure, folder / "test_graded.png")
+        publish_figure(trainer, "test/graded_by_depth", figure, folder / "test_graded.png", step)
         rank_zero_info(f"graded: {folder}/test_graded.csv, test_graded.png, test_answers.jsonl")
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from looplm.callbacks.dynamics_report import DynamicsTable, dynamics_figures
-from looplm.callbacks.output import publish_figure, write_table
+from looplm.callbacks.output import publish_figure, step_of_figures, write_table
 from looplm.dynamics import Trajectory, measure_dynamics, step_function
 from looplm.loop import LoopedModel, LoopState, check_depths, unroll_at
 from looplm.randomness import fold
@@ -39,6 +39,7 @@ class _Split:
 
     name: str
     batches: list[dict[str, Tensor]] = field(default_factory=list)
+    indices: list[Tensor] = field(default_factory=list)
     trajectory: Trajectory | None = None
     eigenvalues: Tensor | None = None
 
@@ -80,7 +81,8 @@ class LatentDynamicsMonitor(L.Callback):
     """Residual, state norm, gains, spectral radius and Lyapunov exponent of the loop, by depth.
 
     On the first ``num_sequences`` sequences of each of the first ``num_batches`` batches of every validation and test
-    set it runs the loop itself, in evaluation mode, without gradient, on all ranks. It logs, as means over sequences,
+    set it runs the loop itself, in evaluation mode, without gradient, on all ranks. It logs, as means over sequences
+    (where the outputs hold ``index`` ``(B,)``, one that the distributed sampler repeats counts once),
 
     - ``{stage}/dynamics/residual/depth_00008``: ``‖Φ(h) − h‖ / ‖Φ(h)‖``;
     - ``…/state_norm/…``: ``‖h‖`` over real positions;
@@ -215,6 +217,8 @@ class LatentDynamicsMonitor(L.Callback):
             )
             split = self._splits.setdefault(dataloader_idx, _Split(self._split_name(outputs, dataloader_idx)))
             split.batches.append(values)
+            if isinstance(outputs, Mapping) and "index" in outputs:
+                split.indices.append(torch.as_tensor(outputs["index"])[: self.num_sequences].cpu())
             if split.trajectory is None:
                 split.trajectory = trajectory
                 split.eigenvalues = self._eigenvalues(model, state) if self.num_eigenvalues else None
@@ -250,7 +254,8 @@ class LatentDynamicsMonitor(L.Callback):
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         for split in self._splits.values():
-            table = DynamicsTable.gather(self.depths, split.batches, pl_module if trainer.world_size > 1 else None)
+            device = pl_module.device if trainer.world_size > 1 else None
+            table = DynamicsTable.gather(self.depths, split.batches, split.indices or None, device)
             key = "/".join(part for part in (stage, split.name) if part)
             pl_module.log_dict(table.scalars(key), rank_zero_only=False, sync_dist=trainer.world_size > 1)
             self._tables[split.name or stage] = table
@@ -259,19 +264,20 @@ class LatentDynamicsMonitor(L.Callback):
         log_dir = trainer.log_dir  # a broadcast: on all ranks
         # Accuracies that another callback has logged in this evaluation, whichever of the two came first.
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        step = step_of_figures(trainer)
         if self._tables:
-            self._report(trainer, stage, Path(log_dir or trainer.default_root_dir), logged)
+            self._report(trainer, stage, Path(log_dir or trainer.default_root_dir), logged, step)
         self._splits, self._tables = {}, {}
 
     @rank_zero_only
-    def _report(self, trainer: L.Trainer, stage: str, folder: Path, logged: Mapping[str, float]) -> None:
+    def _report(self, trainer: L.Trainer, stage: str, folder: Path, logged: Mapping[str, float], step: int) -> None:
         rows = [row for name, table in self._tables.items() for row in table.rows(name)]
         write_table(folder / f"{stage}_dynamics.csv", rows)
         first = next(iter(self._splits.values()))
         if self.with_figures and first.trajectory is not None:
             figures = dynamics_figures(stage, self._tables, first.trajectory, first.eigenvalues, logged)
             for name, figure in figures.items():
-                publish_figure(trainer, f"{stage}/dynamics/{name}", figure, folder / f"{stage}_{name}.png")
+                publish_figure(trainer, f"{stage}/dynamics/{name}", figure, folder / f"{stage}_{name}.png", step)
 
     def state_dict(self) -> dict[str, Any]:
         """Return how many validations there have been, so that a resumed run measures the same ones."""

@@ -112,10 +112,11 @@ class NonFiniteGuard(L.Callback):
 
     def _stop(self, trainer: L.Trainer, step: int) -> None:
         folder = Path(trainer.default_root_dir) / "non_finite"
+        in_a_row, self.in_a_row = self.in_a_row, 0  # a run that goes on from there may skip as many again
         trainer.save_checkpoint(folder / "before.ckpt", weights_only=False)
         save_whole(self._batches, folder / f"batches_rank_{trainer.global_rank}.pt")
         raise InputError(
-            f"loss or gradient was not finite in {self.in_a_row} step(s) in a row, the last of them step "
+            f"loss or gradient was not finite in {in_a_row} step(s) in a row, the last of them step "
             f"{step}{_depth(trainer)}: the run stops. {folder} holds a checkpoint from before and "
             "the batches; a smaller learning rate, `trainer.gradient_clip_val` or a lighter penalty may help."
         )

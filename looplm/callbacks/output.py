@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from looplm.figures import Figure
 
-__all__ = ["publish_figure", "replace_file", "write_figure", "write_table"]
+__all__ = ["publish_figure", "replace_file", "step_of_figures", "write_figure", "write_table"]
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -66,10 +66,23 @@ def write_figure(path: Path, figure: Figure) -> None:
     replace_file(path, encode_png(draw(figure)))
 
 
-def publish_figure(trainer: L.Trainer, key: str, figure: Figure, path: Path) -> None:
+def step_of_figures(trainer: L.Trainer) -> int:
+    """Return the trainer's step, or the logged metric ``step``, which takes its place, as it does for scalars.
+
+    Every process has to call it: reading what was logged with ``sync_dist`` is a reduction over all of them.
+
+    Example:
+        >>> import lightning as L
+        >>> step_of_figures(L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False))
+        0
+    """
+    return int(trainer.callback_metrics.get("step", trainer.global_step))
+
+
+def publish_figure(trainer: L.Trainer, key: str, figure: Figure, path: Path, step: int) -> None:
     """Write a figure as :func:`write_figure` does and give it to every logger that takes one, under ``key``.
 
-    It is drawn once, at the trainer's step; a logged metric ``step`` takes the step's place, as it does for scalars.
+    It is drawn once. One process calls it, with what :func:`step_of_figures` returned.
 
     Example:
         >>> import tempfile
@@ -77,10 +90,9 @@ def publish_figure(trainer: L.Trainer, key: str, figure: Figure, path: Path) -> 
         >>> from looplm.figures import depth_curves
         >>> trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
         >>> figure = depth_curves({"run": ([0, 1], [0.0, 1.0])})
-        >>> publish_figure(trainer, "val/curve", figure, Path(tempfile.mkdtemp()) / "val_curve.png")
+        >>> publish_figure(trainer, "val/curve", figure, Path(tempfile.mkdtemp()) / "val_curve.png", step=0)
     """
     pixels = draw(figure)
-    step = int(trainer.callback_metrics.get("step", trainer.global_step))
     for logger in trainer.loggers:
         experiment: Any = getattr(logger, "experiment", None)
         if hasattr(experiment, "add_image"):

@@ -250,7 +250,7 @@ class LoopLMCLI(LightningCLI):
             super().instantiate_classes()
         except InputError:
             raise
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, ModuleNotFoundError) as error:
             raise InputError(condense(str(error))) from error
         finally:
             model.init_from = source  # what config.yaml records
@@ -261,7 +261,16 @@ class LoopLMCLI(LightningCLI):
         return {**kwargs, "verbose": False} if subcommand in ("validate", "test") else kwargs
 
     def predict(self, **kwargs: Any) -> None:
-        """Print one line a problem: the problem and the model's answer."""
+        """Print one line a problem: the problem and the model's answer.
+
+        Raises:
+            InputError: If there are several processes: each would read the problems and know a part of the answers.
+        """
+        if self.trainer.world_size > 1:
+            raise InputError(
+                f"`predict` runs in one process, got `trainer.devices` {self._run_config.trainer.devices} on "
+                f"{self.trainer.num_nodes} node(s): use `--trainer.devices=1`."
+            )
         predictions: Any = self.trainer.predict(**kwargs) or []
         for line in self.datamodule.predicted_lines(predictions):
             os.write(1, f"{line}\n".encode())
@@ -369,6 +378,11 @@ def run(argv: Sequence[str]) -> LoopLMCLI:
     except RuntimeError as error:
         if str(error).startswith("Early stopping conditioned on metric"):
             raise InputError(f"`trainer.callbacks`: {error}") from error
+        if "not used in producing the loss" in str(error):
+            raise InputError(
+                "`trainer.strategy` must be ddp_find_unused_parameters_true (conf/overlays/ddp.yaml): a step has left "
+                "weights without gradient, as truncated backpropagation (`backprop_loops`) does in deep ones."
+            ) from error
         if not lost_process(error):
             raise
         raise InputError(

@@ -1,4 +1,7 @@
-"""Numbers of `trainer` that Lightning would divide by, or take without a word. Knows plain values and no trainer."""
+"""Numbers of `trainer` that Lightning would divide by, or take without a word; two that do not go together.
+
+Knows plain values and no trainer.
+"""
 
 from __future__ import annotations
 
@@ -40,9 +43,24 @@ def check_trainer_fields(subcommand: str, fields: Mapping[str, Any]) -> None:
         Traceback (most recent call last):
             ...
         ValueError: `trainer.accumulate_grad_batches` must be >= 1, got 0.
+        >>> check_trainer_fields("fit", {"accumulate_grad_batches": 2, "limit_train_batches": 3})
+        Traceback (most recent call last):
+            ...
+        ValueError: `trainer.limit_train_batches` must be a multiple of `trainer.accumulate_grad_batches` 2, got 3.
     """
     rules = {**_RULES, _BATCHES.get(subcommand, f"limit_{subcommand}_batches"): _POSITIVE}
     for name, (holds, allowed) in rules.items():
         value = fields.get(name)
         if isinstance(value, int | float) and not isinstance(value, bool) and not holds(value):
             raise ValueError(f"`trainer.{name}` must be {allowed}, got {value}.")
+    if subcommand == "fit":
+        _check_whole_steps(fields.get("limit_train_batches"), fields.get("accumulate_grad_batches"))
+
+
+def _check_whole_steps(num_batches: Any, accumulated: Any) -> None:
+    # Lightning steps at the end of an epoch whatever has been accumulated; no batch could say for how many it counts.
+    if isinstance(num_batches, int) and isinstance(accumulated, int) and num_batches % accumulated:
+        raise ValueError(
+            f"`trainer.limit_train_batches` must be a multiple of `trainer.accumulate_grad_batches` {accumulated}, "
+            f"got {num_batches}."
+        )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from .step_profile import kind_of, step_profile
+from .step_profile import _milliseconds, kind_of, step_profile
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,14 @@ from .step_profile import kind_of, step_profile
 )
 def test_an_operation_has_its_kind(operation: str, kind: str) -> None:
     assert kind_of(operation) == kind
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_what_an_optimiser_calls_is_its_own(fused: bool) -> None:
+    weights = torch.nn.Parameter(torch.ones(1000, 1000))
+    weights.grad = torch.ones_like(weights)
+    spent = _milliseconds(torch.optim.AdamW([weights], fused=fused).step, 3)
+    assert spent["optimiser"] > 0.9 * spent.total()
 
 
 def test_the_table_has_both_steps_and_shares_of_the_whole() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from forks import fork_looplm
+from forks import fork_looplm, run_looplm
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -258,3 +258,18 @@ def test_summary_by_hand() -> None:
     assert (first["majority"], second["unparsable"], first["mean_tokens"]) == (0.5, 0.25, 4.5)
     with pytest.raises(ValueError, match="1 are missing: problem 1 of 'a' has none at depth 2, sample 0"):
         graded_summary([*rows[:6], rows[7]])
+
+
+def test_two_processes_grade_what_one_does(config: Path, tmp_path: Path) -> None:
+    # 12 problems in batches of 3: the sampler repeats some on the second process.
+    two = ["--config", "conf/overlays/ddp.yaml", "--trainer.accelerator=cpu", "--trainer.devices=2"]
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    argv = ["test", "--config", config, f"--ckpt_path={last}"]
+    run_looplm(*argv, f"--trainer.default_root_dir={tmp_path / 'one'}")
+    said = run_looplm(*argv, *two, f"--trainer.default_root_dir={tmp_path / 'two'}", num_ranks=2)
+    assert said.count("near, 7 problems: best") == 1
+    one, found = (tmp_path / name / "test_graded.csv" for name in ("one", "two"))
+    assert found.read_text() == one.read_text()
+    rows = [sorted(line for line in open(folder.parent / "test_answers.jsonl")) for folder in (one, found)]
+    assert [line for line in rows[0] if '"text"' in line] == [line for line in rows[1] if '"text"' in line]
+    assert (tmp_path / "two" / "test_graded.png").exists()

@@ -76,6 +76,8 @@ def test_run_stops_with_step_depth_checkpoint_and_batch(tmp_path: Path) -> None:
     kept = torch.load(folder / "before.ckpt", weights_only=True)
     before = _fit(tmp_path, [1.0, 2.0, 3.0], NonFiniteGuard())
     assert torch.equal(kept["state_dict"]["weight"], before.weight)
+    (state,) = [value for name, value in kept["callbacks"].items() if "NonFiniteGuard" in name]
+    assert state == {"skipped_steps": 3, "in_a_row": 0}  # who goes on from there may meet three more
     (batch,) = torch.load(folder / "batches_rank_0.pt", weights_only=True)
     assert torch.equal(batch, torch.tensor([[float("inf")]]))
 

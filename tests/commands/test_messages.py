@@ -34,6 +34,7 @@ from looplm.commands.messages import condense
             "did you mean rms_norm?",
         ),
         ("--trainer.precision=bf16mixed", "64, 32, 16, bf16, got bf16mixed; did you mean bf16-mixed?"),
+        ("--trainer.precision=transformer-engine", "Requirement 'transformer_engine>=0.11.0' not met."),
         (
             "--model.objective.penalty={class_path: JacobianPenalty, init_args: {method: jvpp}}",
             "`method` must be one of finite_difference, jvp, vjp, auto, got jvpp; did you mean jvp?",
