@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from looplm.durable import save_whole
+from looplm.durable import recover, save_whole
 
 __all__ = ["DurableCheckpointIO"]
 
@@ -21,7 +21,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint.
+        """Write a checkpoint, also where a sharded one stands.
 
         Raises:
             InputError: If it cannot be written; the one before is then whole.
@@ -34,4 +34,5 @@ class DurableCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint; ``weights_only`` is true unless it is set to False."""
         weights_only = True if weights_only is None else weights_only
+        recover(Path(path))
         return super().load_checkpoint(path, map_location or (lambda storage, _: storage), weights_only)

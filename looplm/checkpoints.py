@@ -20,7 +20,7 @@ from torch import Tensor
 
 import looplm
 from looplm.config import LoopedConfig
-from looplm.durable import save_whole
+from looplm.durable import recover, save_whole
 from looplm.errors import InputError, reason
 from looplm.families.family import Family, ForeignTensor, Part
 from looplm.families.known import family_named, family_of
@@ -61,6 +61,7 @@ def load_model(
     Example:
         >>> model = load_model("ByteDance/Ouro-1.4B", device="cuda")  # doctest: +SKIP
     """
+    recover(Path(source))
     if not os.path.isfile(source):
         return from_pretrained(source, dtype=dtype, device=device)
     model = load_checkpoint(source)
@@ -252,6 +253,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> LoopedTransformer:
         >>> model = load_checkpoint("runs/stars/checkpoints/last.ckpt")  # doctest: +SKIP
     """
     where = repr(os.fspath(path))
+    recover(Path(path))
     if not os.path.isfile(path):
         raise InputError(f"the checkpoint must be a file, got {where}.")
     try:

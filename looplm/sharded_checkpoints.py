@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import importlib
 import io
-import os
 import pickle
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +20,10 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
+from looplm.durable import is_sharded, recover
 from looplm.errors import InputError
 
-__all__ = ["check_sharded", "first_failure", "is_sharded", "read_sharded", "recover", "swap"]
+__all__ = ["check_sharded", "first_failure", "read_sharded"]
 
 _ALLOWED = {
     "torch.distributed.checkpoint.metadata": {
@@ -77,16 +76,6 @@ class _BytesPlanner(_Planner):
         return isinstance(metadata.state_dict_metadata[key], BytesStorageMetadata)
 
 
-def is_sharded(path: Path) -> bool:
-    """Return whether a path is a sharded checkpoint: a folder with the file that is written last.
-
-    Example:
-        >>> is_sharded(Path("no/such/folder"))
-        False
-    """
-    return path.is_dir() and (path / _METADATA_FILENAME).is_file() and (path / ".metadata").is_file()
-
-
 def read_sharded(path: Path) -> dict[str, Any]:
     """Return what one process would have saved: ``state_dict``, ``optimizer_states`` and all that Lightning keeps.
 
@@ -104,6 +93,7 @@ def read_sharded(path: Path) -> dict[str, Any]:
         >>> read_sharded(folder)["state_dict"]
         {'weight': tensor([1., 1.])}
     """
+    recover(path)
     if not is_sharded(path):
         raise InputError(
             f"a sharded checkpoint must be a folder with .metadata and {_METADATA_FILENAME}, got {str(path)!r}."
@@ -170,38 +160,3 @@ def _numbered(state: dict[str, Any]) -> dict[str, Any]:
         number |= {name: len(number) + offset for offset, name in enumerate(group["params"])}
         groups.append({**group, "params": [number[name] for name in group["params"]]})
     return {"state": {number[name]: values for name, values in state.get("state", {}).items()}, "param_groups": groups}
-
-
-def swap(draft: Path, path: Path) -> None:
-    """Put a complete ``draft``, folder or file, in the place of ``path``; :func:`recover` mends what a kill leaves.
-
-    Example:
-        >>> import tempfile
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> _ = (folder / "old").write_text("old"), (folder / "new").write_text("new")
-        >>> swap(folder / "new", folder / "old")
-        >>> (folder / "old").read_text()
-        'new'
-    """
-    old = _old(path)
-    shutil.rmtree(old, ignore_errors=True)
-    if path.is_file() and draft.is_dir():
-        path.unlink()
-    elif path.is_dir():
-        path.rename(old)
-    draft.replace(path)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def recover(path: Path) -> None:
-    """Bring back the folder that a killed :func:`swap` had put aside.
-
-    Example:
-        >>> recover(Path("no/such/last.ckpt"))  # nothing was put aside: nothing to do
-    """
-    if not os.path.lexists(path) and is_sharded(_old(path)):
-        _old(path).rename(path)
-
-
-def _old(path: Path) -> Path:
-    return path.with_name(f".{path.name}.old")

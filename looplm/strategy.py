@@ -12,9 +12,10 @@ from typing import Any
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
-from looplm.durable import sync_directory
+from looplm.checkpoint_io import DurableCheckpointIO
+from looplm.durable import draft_of, is_sharded, recover, remove, swap, sync_directory
 from looplm.errors import InputError
-from looplm.sharded_checkpoints import check_sharded, first_failure, is_sharded, swap
+from looplm.sharded_checkpoints import check_sharded, first_failure
 
 __all__ = ["ShardedStrategy"]
 
@@ -40,7 +41,9 @@ class ShardedStrategy(ModelParallelStrategy):
         )
 
     def setup_environment(self) -> None:
-        """Make the processes one data-parallel group."""
+        """Make the processes one data-parallel group, and its ordinary files whole ones unless a plugin writes them."""
+        if self._checkpoint_io is None:
+            self._checkpoint_io = DurableCheckpointIO()
         self._tensor_parallel_size = 1
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
@@ -52,14 +55,14 @@ class ShardedStrategy(ModelParallelStrategy):
             InputError: If a rank cannot write its part; the checkpoint before is then whole.
         """
         path = Path(self.broadcast(filepath))
-        draft = path.with_name(f".{path.name}.saving")
         if not self._save_distributed_checkpoint:
             if self.is_global_zero:
-                # A folder that an earlier run has left there goes when the file is complete.
-                self.checkpoint_io.save_checkpoint(checkpoint, draft if path.is_dir() else path)
-                if path.is_dir():
-                    swap(draft, path)
+                self.checkpoint_io.save_checkpoint(checkpoint, path)
             return
+        draft = draft_of(path)
+        if self.is_global_zero:
+            remove(draft)  # a killed run may have been of more ranks, or have written one file
+        self.barrier()
         try:
             super().save_checkpoint(checkpoint, draft, storage_options)
             failure = None
@@ -72,13 +75,14 @@ class ShardedStrategy(ModelParallelStrategy):
             for file in draft.iterdir():
                 with file.open("rb") as written:
                     os.fsync(written.fileno())
+            sync_directory(draft)
             swap(draft, path)
-            sync_directory(path.parent)
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint file or folder, written by any number of processes, without running code."""
         path = Path(checkpoint_path)
+        recover(path)
         if is_sharded(path):
             check_sharded(path)  # refuses what torch's own reader would run
         return super().load_checkpoint(path, weights_only=True)

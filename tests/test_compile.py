@@ -147,6 +147,42 @@ def test_spared_positions_have_the_gradient_of_the_eager_run(num_core_layers: in
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("fields", "padding", "length"),
+    [
+        ({}, None, 6),
+        ({"num_kv_heads": 1, "positions": "rotary"}, None, 6),
+        ({}, "left", 6),
+        ({}, "documents", 6),
+        ({"max_positions": 40}, None, 40),  # longer than what is computed operation by operation
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention_over_few_and_many_keys_is_the_eager_one(
+    backend: str, fields: dict[str, Any], padding: str | None, length: int
+) -> None:
+    tokens = torch.randint(11, (8, length), generator=torch.Generator().manual_seed(1))
+    masks = {"left": torch.arange(length) >= torch.arange(8)[:, None] % 4, "documents": torch.arange(length) // 3 + 1}
+    mask = masks[padding].long().expand(8, length) if padding else torch.ones(8, length).long()
+    batch = {"input_ids": tokens, "labels": tokens.masked_fill(mask == 0, -100), "attention_mask": mask}
+    outputs = []
+    for model in _pair(backend, **fields):
+        out = STARSObjective(depth_sampler=FixedDepth(3))(model, batch, StepKey(seed=0, micro_batch=0))
+        out.loss.backward()
+        outputs.append((out.loss, [p.grad for p in model.parameters() if p.grad is not None]))
+    assert _num_graphs() > 0
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-6)
+
+
+def test_compiled_attention_drops_as_many_as_it_should() -> None:
+    dropped = []
+    for model in _pair("aot_eager", dropout=0.5):
+        torch.manual_seed(0)
+        state = model.embed(torch.zeros(400, 6, dtype=torch.long))
+        dropped.append(torch.stack([model.step(state).hidden.std() for _ in range(3)]).mean().item())
+    assert dropped[1] == pytest.approx(dropped[0], rel=0.05)
+
+
 def test_evaluation_and_generation_compile_nothing() -> None:
     eager, compiled = (model.eval() for model in _pair("aot_eager"))
     with torch.no_grad():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -292,3 +294,33 @@ def test_second_fit_in_a_directory_replaces_the_last_checkpoint(tmp_path: Path, 
     second = torch.load(checkpoints / "last.ckpt", weights_only=True)["state_dict"]
     assert not torch.equal(first["model.token_embedding.weight"], second["model.token_embedding.weight"])
     assert [path.name for path in checkpoints.glob("last*")] == ["last.ckpt"]
+
+
+def test_a_linked_last_checkpoint_is_renewed_whole_and_a_dead_link_is_told(
+    write_config: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    config, folder = str(write_config(checkpoint__save_last="link")), tmp_path / "run"
+    argv = ["fit", "--config", config, f"--trainer.default_root_dir={folder}"]
+    last = folder / "checkpoints" / "last.ckpt"
+    assert main([*argv, "--trainer.max_steps=2"]) == 0
+    first = os.readlink(last)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "symlink_to", _killed)
+        with pytest.raises(_Stop):
+            main([*argv, "--ckpt_path=last"])
+    assert os.readlink(last) == first
+    assert main([*argv, "--ckpt_path=last"]) == 0
+    assert os.readlink(last) != first
+    assert not [path for path in last.parent.iterdir() if path.name.startswith(".")]
+
+    last.resolve().unlink()
+    capfd.readouterr()
+    assert main([*argv, "--ckpt_path=last"]) == 2
+    assert "links to 'epoch=0-step=4.ckpt', which is not there" in capfd.readouterr().err
+
+
+def _killed(*args: object) -> None:
+    raise _Stop

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from looplm.commands.messages import nearest_path
+from looplm.durable import is_sharded
 from looplm.errors import InputError
-from looplm.sharded_checkpoints import check_sharded, is_sharded
+from looplm.sharded_checkpoints import check_sharded
 
 __all__ = ["check_checkpoint"]
 

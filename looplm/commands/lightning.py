@@ -18,7 +18,6 @@ import lightning as L
 from jsonargparse import DefaultHelpFormatter
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -39,13 +38,14 @@ from looplm.commands.messages import condense
 from looplm.commands.names import LIGHTNING
 from looplm.commands.next_step import command_line, last_of_run, run_config
 from looplm.commands.processes import die_with_parent, lost_process
+from looplm.commands.run_checkpoint import RunCheckpoint
 from looplm.commands.settings import SaveSettings
 from looplm.commands.trainer_fields import check_trainer_fields
 from looplm.corpora import bpe, mathematics, pretrained_tokenizer, text_tokenizer  # noqa: F401
 from looplm.corpora.arithmetic import ArithmeticDataModule
+from looplm.durable import recover
 from looplm.errors import InputError
 from looplm.module import LoopLM
-from looplm.sharded_checkpoints import recover
 from looplm.strategy import ShardedStrategy
 
 __all__ = ["run"]
@@ -129,26 +129,6 @@ class _Trainer(L.Trainer):
         return self.strategy.broadcast(self.default_root_dir)
 
 
-class RunCheckpoint(ModelCheckpoint):
-    """ModelCheckpoint in the run's directory whose ``last.ckpt`` also holds the last step of a run.
-
-    Lightning's own stands in a folder of the first logger, and keeps the last multiple of ``every_n_train_steps``:
-    ``test`` would not find it, or read older weights.
-    """
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Choose the folder, unless the config names one."""
-        if self.dirpath is None:
-            self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
-        super().setup(trainer, pl_module, stage)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save what the last multiple left out."""
-        super().on_train_end(trainer, pl_module)
-        if self.save_last and self._last_global_step_saved != trainer.global_step:
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
-
-
 class LoopLMCLI(LightningCLI):
     """LightningCLI with a run directory, a checkpoint rule and a curve that every run has.
 
@@ -202,6 +182,11 @@ class LoopLMCLI(LightningCLI):
         if (path is None and self.subcommand != "fit") or path == "last":
             path = root / "checkpoints" / "last.ckpt"
             recover(path)
+            if path.is_symlink() and not path.exists():
+                raise InputError(
+                    f"{str(path)!r} links to {os.readlink(path)!r}, which is not there: name another checkpoint of "
+                    f"{str(path.parent)!r} with `--ckpt_path`."
+                )
             if not path.exists():
                 if self.subcommand != "fit":
                     raise InputError(

@@ -7,6 +7,8 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
+from looplm.durable import recover
+
 __all__ = ["command_line", "explore_line", "explore_model_line", "last_of_run", "run_config"]
 
 
@@ -34,11 +36,15 @@ def run_config(checkpoint: Path) -> Path | None:
 def last_of_run(path: Path) -> Path:
     """Return the last checkpoint of a run directory; any other path is returned as it is.
 
+    What a killed run has put aside is brought back first, for whoever reads the checkpoint.
+
     Example:
         >>> last_of_run(Path("no/such.ckpt"))
         PosixPath('no/such.ckpt')
     """
     last = path / "checkpoints" / "last.ckpt"
+    for checkpoint in (path, last):
+        recover(checkpoint)
     return last if os.path.exists(last) else path  # where pathlib raises over a long name
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from looplm import ArithmeticDataModule, JacobianPenalty, LoopedConfig, LoopLM, STARSObjective, UniformDepth
 from looplm.cli import main
+from looplm.durable import draft_of
 from looplm.randomness import StepKey
 from looplm.stability.products import ProductName
 
@@ -229,3 +230,39 @@ def test_every_sample_is_validated_once_on_two_sharded_processes(base: Path, tmp
     run_looplm(*argv, *RUNS["fsdp"][2], f"--trainer.default_root_dir={two}", num_ranks=2)
     assert (two / "test_curve.csv").read_text() == (one / "test_curve.csv").read_text()
     assert '"num_samples": 21' in (two / "test_summary.json").read_text()
+
+
+@pytest.mark.parametrize("after", ["one", "ddp"])
+def test_sharded_run_goes_on_in_its_directory_with_ordinary_files_and_back(
+    base: Path, tmp_path: Path, after: str
+) -> None:
+    # Without a penalty nothing but the samples depends on the rank: batches of 4 on two are batches of 8 on one.
+    plain = ["fit", "--config", base, "--model.objective.penalty=null", "--model.objective.penalty_weight=0"]
+    one, two = [*plain, "--data.batch_size=8"], [*plain, "--data.batch_size=4"]
+    shards = "--trainer.strategy.init_args.save_distributed_checkpoint=true"
+    sharded = [*two, *RUNS["fsdp"][2], shards]
+    folder, file, whole = tmp_path / "run", tmp_path / "one.ckpt", tmp_path / "whole"
+    here = [f"--trainer.default_root_dir={folder}", "--checkpoint.save_top_k=1"]
+    last = folder / "checkpoints" / "last.ckpt"
+    draft = draft_of(last)
+
+    run_looplm(*sharded, *here, "--trainer.max_steps=2", num_ranks=2)
+    assert last.is_dir()
+    assert main(["consolidate", str(last), str(file)]) == 0
+    draft.mkdir()  # as a kill leaves it
+    # Of two folders one is to be removed, and in the place of one a file is to be written.
+    command, num_ranks = {"one": (one, 1), "ddp": ([*two, *RUNS["ddp"][2]], 2)}[after]
+    run_looplm(*command, *here, f"--ckpt_path={file}", "--trainer.max_steps=3", num_ranks=num_ranks)
+    assert torch.load(last, weights_only=True)["global_step"] == 3
+    assert sorted(path.name for path in last.parent.iterdir()) == ["epoch=0-step=3.ckpt", "last.ckpt"]
+
+    draft.write_text("as a kill leaves it")
+    last.rename(last.with_name(".last.ckpt.old"))  # as another kill does; now both ranks bring it back
+    run_looplm(*sharded, *here, "--ckpt_path=last", "--trainer.max_steps=4", num_ranks=2)
+    assert last.is_dir()
+    assert sorted(path.name for path in last.parent.iterdir()) == ["epoch=0-step=4.ckpt", "last.ckpt"]
+    # The strategy itself reads its folders, and writes ordinary files where it is told to.
+    run_looplm(*two, *RUNS["fsdp"][2], *here, f"--ckpt_path={last}", num_ranks=2)
+    assert main([str(part) for part in [*one, f"--trainer.default_root_dir={whole}"]]) == 0
+    expected = saved(whole, STEPS)["state_dict"]
+    assert largest_difference(torch.load(last, weights_only=True)["state_dict"], expected) <= 1e-5

@@ -17,15 +17,16 @@ from looplm.carried_tokenizer import begin_and_ends, carried_tokenizer
 from looplm.checkpoints import load_model
 from looplm.commands.explorer.forms import ArithmeticForm, ProblemForm, TextForm
 from looplm.commands.messages import nearest_path
+from looplm.commands.next_step import last_of_run
 from looplm.commands.run_data import RunData, read_run_data
 from looplm.corpora.arithmetic import ArithmeticDataModule
 from looplm.corpora.mathematics import MathDataModule
 from looplm.corpora.pretrained_tokenizer import PretrainedTokenizer
 from looplm.corpora.templates import CHAT, SolutionText
+from looplm.durable import is_sharded, recover
 from looplm.errors import InputError
 from looplm.model import LoopedTransformer
 from looplm.origin import Origin
-from looplm.sharded_checkpoints import is_sharded
 
 __all__ = ["OpenedModel", "open_model"]
 
@@ -96,13 +97,14 @@ def open_model(
 def _locate(source: str) -> tuple[str, Path | None]:
     """Return the checkpoint, and where its run's config would be."""
     path = Path(source)
+    recover(path)
     is_local = source.startswith((".", "/", "runs/")) or Path(*path.parts[:1]).exists()
     if is_local and not path.exists():  # the hub is not asked for what was meant to be here
         hint = nearest_path(path) or "; `python -m looplm fit` makes a run."
         raise InputError(f"{source!r} does not exist{hint}")
     if path.is_dir() and not (path / "config.json").is_file() and not is_sharded(path):
-        last = path / "checkpoints" / "last.ckpt"
-        if not last.exists():
+        last = last_of_run(path)
+        if last == path:
             raise InputError(f"{source!r} is no run directory (checkpoints/last.ckpt) and no model's (config.json).")
         return str(last), path / "config.yaml"
     return source, path.resolve().parent.parent / "config.yaml" if path.is_file() else None
