@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from looplm.durable import recover, save_whole
+from looplm.durable import draft_of, recover, remove, save_whole
 
 __all__ = ["DurableCheckpointIO"]
 
@@ -36,3 +36,11 @@ class DurableCheckpointIO(TorchCheckpointIO):
         weights_only = True if weights_only is None else weights_only
         recover(Path(path))
         return super().load_checkpoint(path, map_location or (lambda storage, _: storage), weights_only)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a file or a folder; of a folder no half is left under its name."""
+        path = Path(path)
+        if path.is_dir() and not path.is_symlink():
+            remove(draft_of(path))
+            path = path.rename(draft_of(path))
+        super().remove_checkpoint(path)

@@ -68,16 +68,15 @@ class ShardedStrategy(ModelParallelStrategy):
             failure = None
         except (Exception, CheckpointException) as error:  # torch gathers the errors of all ranks, raises them on each
             failure = first_failure(error)
-        self.barrier()
+        # Rank zero alone writes what Lightning adds, and finishes: the others hear whether it could.
+        if self.reduce_boolean_decision(failure is None) and self.is_global_zero:
+            try:
+                _finish(draft, path)
+            except OSError as error:
+                failure = first_failure(error)
+        failure = self.broadcast(failure) or failure
         if failure is not None:
             raise InputError(f"the checkpoint {str(path)!r} could not be written; the one before is whole. {failure}")
-        if self.is_global_zero:
-            for file in draft.iterdir():
-                with file.open("rb") as written:
-                    os.fsync(written.fileno())
-            sync_directory(draft)
-            swap(draft, path)
-        self.barrier()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint file or folder, written by any number of processes, without running code."""
@@ -86,3 +85,11 @@ class ShardedStrategy(ModelParallelStrategy):
         if is_sharded(path):
             check_sharded(path)  # refuses what torch's own reader would run
         return super().load_checkpoint(path, weights_only=True)
+
+
+def _finish(draft: Path, path: Path) -> None:
+    for file in draft.iterdir():
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
+    sync_directory(draft)
+    swap(draft, path)

@@ -59,8 +59,10 @@ def fork_looplm(argv: Sequence[object], output: Path, environment: Mapping[str, 
     return fork(looplm_main, [str(part) for part in argv], output=output, environment=environment)
 
 
-def run_ranks(target: Callable[..., int | None], *args: Any, num_ranks: int = 1, timeout: float = 240) -> str:
-    """Run ranks, which find each other as those that ``torchrun`` starts, to their good end; return what they wrote."""
+def end_of_ranks(
+    target: Callable[..., int | None], *args: Any, num_ranks: int, timeout: float = 240
+) -> tuple[list[int | None], str]:
+    """Run ranks, which find each other as ``torchrun``'s do; return their exit codes and what they wrote."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -82,8 +84,13 @@ def run_ranks(target: Callable[..., int | None], *args: Any, num_ranks: int = 1,
         finally:
             for rank in ranks:
                 rank.kill()
-        said = "\n".join(output.read_text() for output in outputs)
-    assert [rank.exitcode for rank in ranks] == [0] * num_ranks, said
+        return [rank.exitcode for rank in ranks], "\n".join(output.read_text() for output in outputs)
+
+
+def run_ranks(target: Callable[..., int | None], *args: Any, num_ranks: int = 1, timeout: float = 240) -> str:
+    """Run ranks as :func:`end_of_ranks` does to their good end; return what they wrote."""
+    codes, said = end_of_ranks(target, *args, num_ranks=num_ranks, timeout=timeout)
+    assert codes == [0] * num_ranks, said
     return said
 
 

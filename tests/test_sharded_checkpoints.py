@@ -296,3 +296,17 @@ def test_a_file_takes_a_sharded_checkpoints_place_and_no_other_folders(tmp_path:
 def test_consolidate_refuses_what_is_no_sharded_checkpoint(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["consolidate", str(tmp_path), str(tmp_path / "one.ckpt")]) == 2
     assert "a sharded checkpoint must be a folder with .metadata" in capfd.readouterr().err
+
+
+def test_a_folder_that_is_removed_is_never_half_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "epoch=0-step=2.ckpt"
+    folder.mkdir()
+    for name in (".metadata", "meta.pt"):
+        (folder / name).write_text("")
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning.fabric.plugins.TorchCheckpointIO.remove_checkpoint", lambda *_: None)  # killed before
+        DurableCheckpointIO().remove_checkpoint(folder)
+    assert not folder.exists()
+    folder.mkdir()
+    DurableCheckpointIO().remove_checkpoint(folder)
+    assert list(tmp_path.iterdir()) == []

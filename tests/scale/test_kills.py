@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from forks import fork, fork_looplm, looplm_main
+from forks import end_of_ranks, fork, fork_looplm, looplm_main, run_looplm
 from processes import TWO_ON_CPU, looplm_process
 
 LAST = "checkpoints/last.ckpt"
@@ -119,6 +119,35 @@ def test_full_disk_leaves_the_previous_checkpoint_whole(base: Path, tmp_path: Pa
     assert (folder / LAST).read_bytes() == before
     assert saved(folder)["global_step"] == 2
     assert not list((folder / "checkpoints").glob(".*"))
+
+
+def _fit_with_a_disk_that_fills(largest: int, argv: list[object]) -> int:
+    # The shards fit; what the first process adds when all have written does not.
+    import looplm.strategy
+
+    def fails(draft: Path, path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    looplm.strategy._finish = fails
+    return looplm_main([str(part) for part in argv])
+
+
+@pytest.mark.parametrize("when", ["writing", "finishing"])
+def test_full_disk_leaves_the_previous_shards_whole(base: Path, tmp_path: Path, when: str) -> None:
+    folder = tmp_path / "run"
+    shards = ["--config", "conf/overlays/fsdp.yaml", *TWO_ON_CPU]
+    shards += ["--trainer.strategy.init_args.save_distributed_checkpoint=true"]
+    run_looplm(*fit(base, folder, *shards, "--trainer.max_steps=2"), num_ranks=2)
+    before = {path.name: path.read_bytes() for path in (folder / LAST).iterdir()}
+
+    argv = [str(part) for part in fit(base, folder, *shards, "--trainer.max_steps=4")]
+    target = {"writing": _fit_with_files_of, "finishing": _fit_with_a_disk_that_fills}[when]
+    codes, said = end_of_ranks(target, max(map(len, before.values())) // 2, argv, num_ranks=2)
+    assert codes == [2, 2], said
+    assert "could not be written; the one before is whole." in said
+    assert "Traceback" not in said
+    assert {path.name: path.read_bytes() for path in (folder / LAST).iterdir()} == before
+    run_looplm(*argv, num_ranks=2)
 
 
 def signalled(process: Any, folder: Path, number: signal.Signals) -> int | None:
