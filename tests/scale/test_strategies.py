@@ -25,7 +25,11 @@ MODEL = BASE["model"]
 
 
 def reference(
-    num_ranks: int, accumulate: int, method: ProductName, dtype: torch.dtype = torch.float32
+    num_ranks: int,
+    accumulate: int,
+    method: ProductName,
+    dtype: torch.dtype = torch.float32,
+    backprop_loops: int | None = 3,
 ) -> list[dict[str, Tensor]]:
     """Return the weights before and after each step, computed without Lightning in this process."""
     data = ArithmeticDataModule(**BASE["data"]["init_args"], seed=SEED)
@@ -33,7 +37,7 @@ def reference(
     module = LoopLM(config, seed=SEED).to(dtype)
     objective = STARSObjective(
         depth_sampler=UniformDepth(1, 5),
-        backprop_loops=3,
+        backprop_loops=backprop_loops,
         penalty=JacobianPenalty(method=method),
         penalty_weight=0.2,
     )

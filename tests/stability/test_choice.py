@@ -11,7 +11,7 @@ from typing import Any, get_args
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ParallelStrategy
 
 from looplm import JacobianPenalty, LastStepPenalty, ShardedStrategy, StarsReleasePenalty
 from looplm.errors import InputError
@@ -64,6 +64,28 @@ def test_auto_becomes_the_best_that_works_and_is_said(
     assert (chosen.method, chosen.target, penalty.method) == (expected, 0.5, "auto")
     assert f"penalty: product {expected}, chosen for" in caplog.text
     assert precision in caplog.text
+
+
+def _deepspeed(stage: int) -> Any:
+    """Lightning builds one only where the package is installed."""
+    strategy = object.__new__(DeepSpeedStrategy)
+    vars(strategy).update(config={"zero_optimization": {"stage": stage}}, cluster_environment=None)
+    return strategy
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "expected"),
+    [(2, "32-true", "finite_difference"), (3, "32-true", "finite_difference"), (2, "bf16-mixed", "jvp")],
+)
+def test_deepspeed_narrows_the_weights_whatever_the_precision_is_called(
+    stage: int, precision: str, expected: str
+) -> None:
+    assert choose_product(JacobianPenalty(), _run(_deepspeed(stage), precision)).method == expected
+
+
+def test_deepspeed_that_gathers_narrow_weights_has_no_product() -> None:
+    with pytest.raises(InputError, match="works with no product under deepspeed_stage_3 at precision bf16-mixed"):
+        choose_product(JacobianPenalty(), _run(_deepspeed(3), "bf16-mixed"))
 
 
 @pytest.mark.usefixtures("narrowed_to_tf32")

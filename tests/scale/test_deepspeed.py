@@ -1,0 +1,33 @@
+"""DeepSpeed's engine on two CPU processes takes our steps; skipped without the package or a C++ compiler."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed_steps import main
+from forks import run_ranks
+from test_strategies import STEPS, largest_difference, reference
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None,
+    reason="needs deepspeed (pip install deepspeed) and a C++ compiler",
+)
+
+
+@pytest.mark.parametrize(
+    ("stage", "method"), [(2, "finite_difference"), (2, "jvp"), (2, "vjp"), (3, "finite_difference")]
+)
+def test_zero_gives_the_weights_of_one_process(tmp_path: Path, stage: int, method: Any) -> None:
+    said = run_ranks(main, stage, method, str(tmp_path / "weights.pt"), num_ranks=2)
+    found = torch.load(tmp_path / "weights.pt", weights_only=True)
+    # Without truncated backpropagation: what has no gradient in a step stands still elsewhere; ZeRO gives it zeros, and
+    # its momentum moves it on.
+    expected = reference(2, 1, method, backprop_loops=None)[STEPS]
+    assert largest_difference(found, {name: expected[name] for name in found}) <= 1e-5
+    # What NonFiniteGuard reckons with: it stops such a run by its losses, before the step.
+    assert said.count('{"shows_gradients": false}') == 2
