@@ -20,7 +20,7 @@ from torch import Tensor
 
 import looplm
 from looplm.config import LoopedConfig
-from looplm.durable import recover, save_whole
+from looplm.durable import is_sharded, recover, save_whole
 from looplm.errors import InputError, reason
 from looplm.families.family import Family, ForeignTensor, Part
 from looplm.families.known import family_named, family_of
@@ -62,6 +62,7 @@ def load_model(
         >>> model = load_model("ByteDance/Ouro-1.4B", device="cuda")  # doctest: +SKIP
     """
     recover(Path(source))
+    _refuse_sharded(source)
     if not os.path.isfile(source):
         return from_pretrained(source, dtype=dtype, device=device)
     model = load_checkpoint(source)
@@ -243,6 +244,12 @@ def save_checkpoint(model: LoopedTransformer, path: str | os.PathLike[str]) -> N
     save_whole(content, Path(path))
 
 
+def _refuse_sharded(path: str | os.PathLike[str]) -> None:
+    if is_sharded(Path(path)):
+        name = os.fspath(path)
+        raise InputError(f"{name!r} is sharded: `python -m looplm consolidate {name} FILE` makes one file.")
+
+
 def load_checkpoint(path: str | os.PathLike[str]) -> LoopedTransformer:
     """Return the model of a checkpoint that training or :func:`save_checkpoint` wrote, in evaluation mode.
 
@@ -254,6 +261,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> LoopedTransformer:
     """
     where = repr(os.fspath(path))
     recover(Path(path))
+    _refuse_sharded(path)
     if not os.path.isfile(path):
         raise InputError(f"the checkpoint must be a file, got {where}.")
     try:

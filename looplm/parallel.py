@@ -36,7 +36,7 @@ def _parallelism(trainer: L.Trainer) -> Parallelism:
     # Before DDPStrategy: Lightning derives DeepSpeed's from it.
     if isinstance(strategy, DeepSpeedStrategy):
         stage = strategy.config.get("zero_optimization", {}).get("stage", 0) if isinstance(strategy.config, dict) else 0
-        return "deepspeed_stage_3" if stage == 3 else "deepspeed"
+        return "deepspeed_stage_3" if str(stage) == "3" else "deepspeed"
     for kind, name in _KINDS:
         if isinstance(strategy, kind):
             return name

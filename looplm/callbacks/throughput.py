@@ -90,7 +90,8 @@ class ThroughputMeter(L.Callback):
         self._peak: float | None = peak_flops
         self._sums: dict[str, float | Tensor] = {}
         self._steps = 0
-        self._since = self._paused_at = 0.0
+        self._since = 0.0
+        self._paused_at: float | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find what can be counted, and what the device can do."""
@@ -113,14 +114,19 @@ class ThroughputMeter(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
         self._restart(trainer)
+        self._paused_at = None  # a sanity check has stopped it
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock."""
         self._paused_at = time.perf_counter()
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Let the clock go on."""
-        self._since += time.perf_counter() - self._paused_at
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Let the clock go on: at the end of a validation other callbacks may still draw."""
+        if self._paused_at is not None:
+            self._since += time.perf_counter() - self._paused_at
+            self._paused_at = None
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -133,7 +139,8 @@ class ThroughputMeter(L.Callback):
         if trainer.fit_loop._should_accumulate():
             return
         self._steps += 1
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and trainer.global_step % every == 0:
             pl_module.log_dict(self._rates(trainer))
             self._restart(trainer)
 

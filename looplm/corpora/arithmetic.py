@@ -32,7 +32,7 @@ from looplm.corpora.problems import (
     in_split,
     parse_problem,
 )
-from looplm.corpora.stream import TrainingStream, batches_per_step, trained_batches
+from looplm.corpora.stream import StreamOrigin, TrainingStream, batches_per_step, rows_per_batch, trained_batches
 from looplm.corpora.tokenizer import CharTokenizer
 from looplm.depth import check_starts
 from looplm.errors import InputError
@@ -192,6 +192,7 @@ class ArithmeticDataModule(L.LightningDataModule):
         self.num_val, self.num_test = num_val, num_test
         self.test_file, self.test_digits, self.predict_file = test_file, list(test_digits or []), predict_file
         self.seed = seed
+        self._origin = StreamOrigin()
         self.predict_problems: list[tuple[int, str, int]] = []
         widest = max(max_digits, *(stage.max_digits for stage in self.digit_stages), *self.test_digits, 1)
         if test_file is not None:
@@ -221,7 +222,7 @@ class ArithmeticDataModule(L.LightningDataModule):
         """
         step = micro_batch if optimizer_step is None else optimizer_step
         stage = [stage for stage in self.digit_stages if stage.start_step <= step][-1]
-        first = (micro_batch * world_size + rank) * self.batch_size
+        first = self._origin.first_row(micro_batch, world_size * self.batch_size) + rank * self.batch_size
         indices = np.arange(first, first + self.batch_size)
         key = fold(self.seed, "train")
         return self.encoder.batch(self._draw(key, indices, "train", stage.min_digits, stage.max_digits), indices)
@@ -298,6 +299,14 @@ class ArithmeticDataModule(L.LightningDataModule):
         position, per_step = partial(trained_batches, trainer), partial(batches_per_step, trainer)
         stream = TrainingStream(lambda start: map(make_batch, count(start)), position, per_step)
         return DataLoader(stream, batch_size=None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps: how much of the stream has been read."""
+        return self._origin.state(self.trainer, self.batch_size)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the checkpoint's run stopped, with whatever batches."""
+        self._origin = StreamOrigin.resumed(state_dict, rows_per_batch(self.trainer, self.batch_size))
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Return the validation set."""

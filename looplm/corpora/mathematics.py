@@ -26,12 +26,12 @@ from looplm.corpora.questions import answered_line, prompt_batch, read_questions
 from looplm.corpora.rows import check_rows
 from looplm.corpora.sources import Source, content_key, load_rows
 from looplm.corpora.splits import Splits
-from looplm.corpora.stream import TrainingStream, batches_per_step, trained_batches
+from looplm.corpora.stream import StreamOrigin, TrainingStream, batches_per_step, rows_per_batch, trained_batches
 from looplm.corpora.streamed import StreamedOrder
 from looplm.corpora.templates import SolutionText
 from looplm.corpora.text_tokenizer import ByteTokenizer, TextTokenizer
 from looplm.corpora.token_table import RowEncoder, TokenTable, plain_hash, prompts_that_change, token_table
-from looplm.corpora.training_order import Batching, TrainingOrder
+from looplm.corpora.training_order import BUCKET, Batching, TrainingOrder
 from looplm.errors import InputError
 
 __all__ = ["MathDataModule"]
@@ -157,6 +157,7 @@ class MathDataModule(L.LightningDataModule):
         self.streaming, self.shuffle_buffer = streaming, 10_000 if shuffle_buffer is None else shuffle_buffer
         self.max_positions = max_tokens if max_positions is None else max_positions
         self.seed = seed
+        self._origin = StreamOrigin()
         self.predict_file, self.predict_questions = predict_file, list[str]()
         self._given_cache_dir = cache_dir
         tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
@@ -226,7 +227,7 @@ class MathDataModule(L.LightningDataModule):
             rank: This process.
             world_size: Number of processes; together they read the stream that one would.
         """
-        indices = self.order.indices(micro_batch, rank, world_size)
+        indices = self.order.indices(micro_batch, rank, world_size, self._origin)
         return self._collate_rows([self.order.row(int(index)) for index in indices], indices)
 
     def _collate_rows(self, rows: list[list[Example]], indices: np.ndarray) -> dict[str, Tensor]:
@@ -306,8 +307,8 @@ class MathDataModule(L.LightningDataModule):
             shuffle_buffer=self.shuffle_buffer,
             seed=self.seed,
         )
-        for number, rows in enumerate(order.batches(start, rank, world_size), start=start):
-            first = number * self.batch_size * world_size + rank
+        for number, rows in enumerate(order.batches(start, rank, world_size, self._origin), start):
+            first = self._origin.first_row(number, self.batch_size * world_size) + rank
             indices = first + world_size * np.arange(self.batch_size)
             yield self._collate_rows(rows, indices)
 
@@ -368,7 +369,8 @@ class MathDataModule(L.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: the tokenizer's files, as tensors of bytes, and what decides the stream."""
         files = {name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in self._files.items()}
-        return {"tokenizer_files": files, "stream": self._stream_key}
+        position = self._origin.state(self.trainer, self.batch_size)
+        return {"tokenizer_files": files, "stream": self._stream_key, "position": position}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Compare with a checkpoint's.
@@ -385,6 +387,17 @@ class MathDataModule(L.LightningDataModule):
         trainer = self.trainer
         if trainer is not None and trainer.training and state_dict["stream"] != self._stream_key:
             rank_zero_warn("the training data or their order differ from the checkpoint's: the resume is not exact.")
+        if "position" in state_dict:
+            self._go_on(state_dict["position"])
+
+    def _go_on(self, position: dict[str, int]) -> None:
+        self._origin = StreamOrigin.resumed(position, rows_per_batch(self.trainer, self.batch_size))
+        is_within_block = (position["batches"] - position["batch"]) % BUCKET != 0
+        if self.batching == "bucketed" and self._origin.batch != position["batch"] and is_within_block:
+            rank_zero_warn(
+                f"a batch has other rows than the checkpoint's: of the {BUCKET} batches that were made of like lengths "
+                "together some rows come again and others are left out. `batching` shuffled or packed goes on exactly."
+            )
 
     @cached_property
     def _files(self) -> dict[str, bytes]:
@@ -399,5 +412,5 @@ class MathDataModule(L.LightningDataModule):
         ]
         held_out = [int(key) for key in self.splits.held_out_keys] if not self.streaming else []
         policy = [self.policy.max_tokens, self.policy.overlong, self.policy.bad_rows, self.num_val]
-        order = [self.batching, self.row_tokens, self.batch_size, self.shuffle_buffer, self.seed]
+        order = [self.batching, self.row_tokens, self.shuffle_buffer, self.seed]
         return plain_hash(sources, held_out, policy, order, self.encoder.settings())

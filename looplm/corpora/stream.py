@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from itertools import islice
 
 import lightning as L
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-__all__ = ["TrainingStream", "batches_per_step", "trained_batches"]
+__all__ = ["StreamOrigin", "TrainingStream", "batches_per_step", "rows_per_batch", "trained_batches"]
 
 
 def trained_batches(trainer: L.Trainer | None) -> int:
@@ -31,6 +32,54 @@ def batches_per_step(trainer: L.Trainer | None) -> int:
         1
     """
     return 1 if trainer is None else trainer.accumulate_grad_batches
+
+
+def rows_per_batch(trainer: L.Trainer | None, batch_size: int) -> int:
+    """Return how many rows of the stream a micro-batch takes, over all processes.
+
+    Example:
+        >>> rows_per_batch(None, 4)
+        4
+    """
+    return batch_size * (1 if trainer is None else trainer.world_size)
+
+
+@dataclass(frozen=True)
+class StreamOrigin:
+    """Where batches of one size begin: batch ``batch`` with row ``row`` of the stream, the next with what follows.
+
+    A run that goes on with another number of processes, or other batches, begins where the one before stopped: the rows
+    are counted, not the batches.
+
+    Example:
+        >>> StreamOrigin(batch=10, row=40).first_row(12, rows_per_batch=8)
+        56
+    """
+
+    batch: int = 0
+    row: int = 0
+
+    def first_row(self, batch: int, rows_per_batch: int) -> int:
+        """Return the row that a batch begins with."""
+        return self.row + (batch - self.batch) * rows_per_batch
+
+    def state(self, trainer: L.Trainer | None, batch_size: int) -> dict[str, int]:
+        """Return what a checkpoint keeps: this, how many rows a batch has and how many batches there have been."""
+        rows = rows_per_batch(trainer, batch_size)
+        return {**asdict(self), "rows_per_batch": rows, "batches": trained_batches(trainer)}
+
+    @classmethod
+    def resumed(cls, state: Mapping[str, int], rows_per_batch: int) -> StreamOrigin:
+        """Return where a run goes on that takes ``rows_per_batch``, from the :meth:`state` of a checkpoint.
+
+        Example:
+            >>> StreamOrigin.resumed({"batch": 0, "row": 0, "rows_per_batch": 4, "batches": 10}, 8)
+            StreamOrigin(batch=10, row=40)
+        """
+        saved = cls(state["batch"], state["row"])
+        if state["rows_per_batch"] == rows_per_batch:
+            return saved
+        return cls(state["batches"], saved.first_row(state["batches"], state["rows_per_batch"]))
 
 
 class TrainingStream(IterableDataset[dict[str, Tensor]]):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from looplm.corpora.interleave import Interleave, shuffled
 from looplm.corpora.packing import best_fit
 from looplm.corpora.rows import Fault, check_rows, question_key
 from looplm.corpora.sources import Source, load_rows, read_batches
+from looplm.corpora.stream import StreamOrigin
 from looplm.corpora.token_table import RowEncoder
 from looplm.corpora.training_order import BUCKET, Batching, bucketed
 from looplm.errors import InputError
@@ -27,6 +29,7 @@ from looplm.randomness import fold
 
 __all__ = ["StreamedOrder"]
 
+_BEGINNING = StreamOrigin()
 _READ = 256  # rows encoded together
 _PACKED_WINDOW = 64  # rows that are packed together
 
@@ -70,19 +73,22 @@ class StreamedOrder:
         self.shuffle_buffer, self.seed = shuffle_buffer, seed
         self._mix = Interleave([1] * len(self.sources), [source.weight for source in self.sources], seed)
 
-    def batches(self, start: int, rank: int = 0, world_size: int = 1) -> Iterator[list[list[Example]]]:
+    def batches(
+        self, start: int, rank: int = 0, world_size: int = 1, origin: StreamOrigin = _BEGINNING
+    ) -> Iterator[list[list[Example]]]:
         """Yield the rows of each batch from number ``start`` on; ranks share what one would read."""
         whole = self.batch_size * world_size
-        for number, batch in enumerate(self._whole_batches(whole)):
+        for number, batch in enumerate(self._whole_batches(whole, origin.row), start=origin.batch):
             if number >= start:
                 yield batch[rank::world_size]
 
-    def _whole_batches(self, size: int) -> Iterator[list[list[Example]]]:
+    def _whole_batches(self, size: int, first_row: int) -> Iterator[list[list[Example]]]:
         examples = self._mixed()
         if self.batching == "packed":
-            rows = self._packed(examples)
+            rows = islice(self._packed(examples), first_row, None)
             while True:
                 yield [next(rows) for _ in range(size)]
+        examples = islice(examples, first_row, None)
         block = 0
         while True:
             if self.batching == "shuffled":

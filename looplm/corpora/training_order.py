@@ -12,11 +12,13 @@ from looplm.corpora.batches import Example
 from looplm.corpora.corpus import Corpus
 from looplm.corpora.interleave import Interleave, shuffled
 from looplm.corpora.packing import Packing
+from looplm.corpora.stream import StreamOrigin
 
 __all__ = ["BUCKET", "Batching", "TrainingOrder", "bucketed"]
 
 Batching = Literal["shuffled", "bucketed", "packed"]
 
+_BEGINNING = StreamOrigin()
 BUCKET = 32
 """Batches among which examples are sorted by length."""
 
@@ -71,8 +73,8 @@ class TrainingOrder:
         self.interleave = Interleave(sizes, [corpus.source.weight for corpus in corpora], seed)
 
         @lru_cache(maxsize=2)
-        def block(index: int, whole_batch: int) -> np.ndarray:
-            first = index * BUCKET * whole_batch
+        def block(index: int, whole_batch: int, origin: int) -> np.ndarray:
+            first = origin + index * BUCKET * whole_batch
             samples = [self.interleave(first + i) for i in range(BUCKET * whole_batch)]
             lengths = np.array([self.corpora[source].lengths[item] for source, item, _ in samples])
             return first + bucketed(lengths, whole_batch, seed, index)
@@ -84,12 +86,16 @@ class TrainingOrder:
         """Rows until every source of the mix would have been seen once."""
         return sum(self.sizes)
 
-    def indices(self, micro_batch: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
+    def indices(
+        self, micro_batch: int, rank: int = 0, world_size: int = 1, origin: StreamOrigin = _BEGINNING
+    ) -> np.ndarray:
         """Return the numbers in the stream of a batch's samples, int64 ``(B,)``; ranks share what one would read."""
         whole = self.batch_size * world_size
         if self.batching != "bucketed":
-            return micro_batch * whole + np.arange(rank * self.batch_size, (rank + 1) * self.batch_size)
-        batch: np.ndarray = self._block(micro_batch // BUCKET, whole)[micro_batch % BUCKET]
+            first = origin.first_row(micro_batch, whole)
+            return first + np.arange(rank * self.batch_size, (rank + 1) * self.batch_size)
+        number = micro_batch - origin.batch
+        batch: np.ndarray = self._block(number // BUCKET, whole, origin.row)[number % BUCKET]
         return batch[rank::world_size]
 
     def row(self, index: int) -> list[Example]:

@@ -49,13 +49,15 @@ class Foreign(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def _fit(folder: Path, meter: ThroughputMeter, module: L.LightningModule, data: Any, **options: Any) -> list[dict]:
+def _fit(
+    folder: Path, meter: ThroughputMeter, module: L.LightningModule, data: Any, *after: L.Callback, **options: Any
+) -> list[dict]:
     logger = CSVLogger(folder, name="", version="")
     trainer = L.Trainer(
         default_root_dir=folder,
         accelerator="cpu",
         logger=logger,
-        callbacks=[meter],
+        callbacks=[meter, *after],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -162,3 +164,40 @@ def test_a_peak_without_operations_is_refused(tmp_path: Path) -> None:
     meter = ThroughputMeter(tokens_fn=lambda module, batch: batch.numel(), peak_flops=1e9)
     with pytest.raises(ValueError, match="Foreign has no `flops_per_batch`; give `flops_fn`"):
         _fit(tmp_path, meter, Foreign(), {"train_dataloaders": _loader(1)}, max_epochs=1)
+
+
+class _Draws(L.Callback):
+    """Stands behind the meter and takes its time at the end of a validation."""
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        time.sleep(50 * PAUSE)
+
+
+def test_what_others_do_at_the_end_of_a_validation_is_left_out(tmp_path: Path) -> None:
+    rates = []
+    for name, after in (("without", []), ("with", [_Draws()])):
+        data = {"train_dataloaders": _loader(12), "val_dataloaders": _loader(1)}
+        meter = ThroughputMeter(tokens_fn=lambda module, batch: batch.numel())
+        rows = _fit(
+            tmp_path / name, meter, Foreign(), data, *after, max_epochs=1, val_check_interval=4, log_every_n_steps=3
+        )
+        rates.append([float(row["train/tokens_per_second"]) for row in rows])
+    assert len(rates[0]) == len(rates[1]) == 4
+    assert min(rates[1]) > 0.5 * min(rates[0])
+
+
+def test_a_trainer_that_never_logs_is_no_error(tmp_path: Path) -> None:
+    module, meter = Foreign(), ThroughputMeter(tokens_fn=lambda module, batch: batch.numel())
+    trainer = L.Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        logger=False,
+        callbacks=[meter],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        max_epochs=1,
+        log_every_n_steps=0,
+    )
+    trainer.fit(module, _loader(2))
+    assert trainer.global_step == 2

@@ -401,3 +401,14 @@ def test_generated_answers_are_read_most_significant_digit_first(reverse_answer:
 def test_value_outside_its_range_is_refused_by_name(options: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         _data(**options)
+
+
+def test_other_batches_go_on_with_the_row_where_the_checkpoint_stopped() -> None:
+    before, after = (ArithmeticDataModule(batch_size=size) for size in (4, 6))
+    position = {**before.state_dict(), "batches": 3, "rows_per_batch": 8}  # of two processes
+    after.load_state_dict(position)
+    rows = [after.training_batch(batch, rank=rank, world_size=2)["index"] for batch in (3, 4) for rank in range(2)]
+    assert torch.cat(rows).tolist() == list(range(24, 48))
+    again = ArithmeticDataModule(batch_size=12)  # one process takes as many: from the same origin
+    again.load_state_dict({**position, "batches": 5, "rows_per_batch": 12, "batch": 3, "row": 24})
+    assert again.training_batch(5)["index"].tolist() == list(range(48, 60))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable
@@ -395,7 +396,28 @@ def test_checkpoint_of_another_tokenizer_or_stream_is_noticed(
     folder = tmp_path / "cut"
     _fit(make(), folder, _StopAt(2))
     with pytest.warns(UserWarning, match="the resume is not exact"):
-        _fit(make(batch_size=2), folder, ckpt_path=folder / "last.ckpt")
+        _fit(make(seed=9), folder, ckpt_path=folder / "last.ckpt")
+
+
+@pytest.mark.parametrize("batching", ["shuffled", "packed", "bucketed", "streamed"])
+def test_larger_batches_go_on_with_the_row_where_the_checkpoint_stopped(
+    make: Callable[..., MathDataModule], tmp_path: Path, corpus_file: Path, batching: str
+) -> None:
+    changes: dict[str, Any] = {"batching": batching}
+    if batching == "streamed":
+        changes |= {"batching": "shuffled", "streaming": True, "val": [Source(path=str(_part(corpus_file)))]}
+    seen: list[int] = []
+    # Two processes would share the eight rows of the second part.
+    for number, (batch_size, stop) in enumerate([(4, 3), (8, 1), (2, 9)]):
+        last = tmp_path / "last.ckpt" if number else None
+        is_inexact = batching == "bucketed" and number > 0
+        with pytest.warns(UserWarning, match="some rows come again") if is_inexact else contextlib.nullcontext():
+            _, indices = _fit(make(**changes, batch_size=batch_size), tmp_path, _StopAt(stop), ckpt_path=last)
+        assert {len(batch) for batch in indices} == {batch_size}
+        seen += [index for batch in indices for index in batch]
+    assert len(seen) == 3 * 4 + 1 * 8 + 2 * 2
+    if batching != "bucketed":
+        assert sorted(seen) == list(range(len(seen)))
 
 
 def _config(tmp_path: Path, corpus_file: Path, **data: Any) -> Path:

@@ -82,8 +82,6 @@ def open_model(
         '46'
     """
     checkpoint, beside = _locate(source)
-    if is_sharded(Path(checkpoint)):
-        raise InputError(f"{checkpoint!r} is sharded: `python -m looplm consolidate {checkpoint} FILE` makes one file.")
     model = load_model(checkpoint, device=device)
     config = beside if config is None and beside is not None and beside.is_file() else config
     data = None if config is None else read_run_data(config)
