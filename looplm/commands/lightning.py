@@ -19,6 +19,7 @@ from jsonargparse import DefaultHelpFormatter
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -28,6 +29,7 @@ import looplm.optimizers
 from looplm.callbacks import graded_answers, latent_dynamics, stability_warning, throughput  # noqa: F401
 from looplm.callbacks.depth_accuracy import DepthAccuracyCurve
 from looplm.callbacks.non_finite import NonFiniteGuard
+from looplm.callbacks.owed_validation import OwedValidation
 from looplm.callbacks.preemption import SaveOnSignal
 from looplm.checkpoint_io import DurableCheckpointIO
 from looplm.commands.ckpt_path import check_checkpoint
@@ -39,6 +41,7 @@ from looplm.commands.names import LIGHTNING
 from looplm.commands.next_step import command_line, last_of_run, run_config
 from looplm.commands.processes import die_with_parent, lost_process
 from looplm.commands.run_checkpoint import RunCheckpoint
+from looplm.commands.run_trainer import RunTrainer
 from looplm.commands.settings import SaveSettings
 from looplm.commands.trainer_fields import check_trainer_fields
 from looplm.corpora import bpe, mathematics, pretrained_tokenizer, text_tokenizer  # noqa: F401
@@ -120,13 +123,15 @@ def _integer_seed(seed: Any) -> int:
     return seed
 
 
-class _Trainer(L.Trainer):
-    """Trainer whose files stand in the run's directory, whatever folders of their own its loggers have."""
+class _Checkpoints(_CheckpointConnector):
+    """Lightning's choice of the checkpoint, without one that nobody named.
+
+    Under SLURM it would go on from any `hpc_ckpt_*.ckpt` in the run's directory, which no run of ours writes.
+    """
 
     @property
-    def log_dir(self) -> str:
-        """The run's directory, where callbacks write; like Lightning's own a broadcast, for which ranks wait."""
-        return self.strategy.broadcast(self.default_root_dir)
+    def _hpc_resume_path(self) -> None:
+        return None
 
 
 class LoopLMCLI(LightningCLI):
@@ -216,8 +221,10 @@ class LoopLMCLI(LightningCLI):
         trainer: Any = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = DurableCheckpointIO()
+        trainer._checkpoint_connector = _Checkpoints(trainer)
         self._saves_on_signal = SaveOnSignal()
         trainer.callbacks.insert(0, self._saves_on_signal)  # before the checkpoints, which come last
+        trainer.callbacks.insert(trainer.callbacks.index(trainer.checkpoint_callback), OwedValidation())
         bar = trainer.progress_bar_callback
         if bar is not None and bar not in given:
             # Whoever names one in `trainer.callbacks` gets that one.
@@ -265,12 +272,13 @@ class LoopLMCLI(LightningCLI):
         root = self._run_config.trainer.default_root_dir
         if not self._saves_on_signal.has_trained:
             rank_zero_info(
-                f"nothing was trained: {self._run_config.ckpt_path} stands at step {self.trainer.global_step}, where "
-                f"`trainer.max_steps` {self.trainer.max_steps} or another limit ends the run"
+                f"nothing was trained: {self.trainer.ckpt_path or 'the run'} stands at step "
+                f"{self.trainer.global_step}, where `trainer.max_steps` {self.trainer.max_steps} or another limit ends "
+                "the run"
             )
         self._tell_curve("val")
         rank_zero_info(
-            f"run directory: {root} (config.yaml, checkpoints/, {_curve_files('val')})\n"
+            f"run directory: {_with_files(root, 'config.yaml', 'checkpoints/', *_curve_files('val'))}\n"
             f"next: {command_line('test', '--config', Path(root) / 'config.yaml')}"
         )
 
@@ -278,7 +286,7 @@ class LoopLMCLI(LightningCLI):
         """Say what the curve comes to, where it is and how to look into an answer."""
         root = self._run_config.trainer.default_root_dir
         self._tell_curve("val")
-        rank_zero_info(f"curve: {root} ({_curve_files('val')})\nnext: {self._explore_line()}")
+        rank_zero_info(f"curve: {_with_files(root, *_curve_files('val'))}\nnext: {self._explore_line()}")
 
     def after_predict(self) -> None:
         """Say, beside the answers and not among them, how to look into one."""
@@ -289,7 +297,7 @@ class LoopLMCLI(LightningCLI):
         root = Path(self._run_config.trainer.default_root_dir)
         self._tell_curve("test")
         rank_zero_info(
-            f"curve: {root} ({_curve_files('test')})\n"
+            f"curve: {_with_files(root, *_curve_files('test'))}\n"
             f"next: {command_line('compare', root, 'RUN')} (the directories of other runs), or\n"
             f"      {self._explore_line()}"
         )
@@ -313,8 +321,14 @@ class LoopLMCLI(LightningCLI):
         return command_line("explore", path)
 
 
-def _curve_files(stage: str) -> str:
-    return ", ".join(f"{stage}_{name}" for name in ("curve.csv", "curve.png", "settling.png", "summary.json"))
+def _curve_files(stage: str) -> list[str]:
+    return [f"{stage}_{name}" for name in ("curve.csv", "curve.png", "settling.png", "summary.json")]
+
+
+def _with_files(root: Path | str, *names: str) -> str:
+    """Return a folder and those of its files that are there."""
+    found = ", ".join(name for name in names if (Path(root) / name).exists())
+    return f"{root} ({found})" if found else str(root)
 
 
 def _check_writable(folder: Path) -> None:
@@ -346,7 +360,7 @@ def run(argv: Sequence[str]) -> LoopLMCLI:
         return LoopLMCLI(
             LoopLM,
             L.LightningDataModule,
-            trainer_class=_Trainer,
+            trainer_class=RunTrainer,
             subclass_mode_data=True,
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -360,6 +374,10 @@ def run(argv: Sequence[str]) -> LoopLMCLI:
         raise InputError(condense(str(error))) from error
     except SIGTERMException as ended:
         raise SystemExit(ended.args[0] if ended.args else 128 + signal.SIGTERM) from None
+    except SystemExit as ended:
+        if isinstance(ended.__context__, KeyboardInterrupt):  # before our handlers were there; Lightning makes it a 1
+            raise KeyboardInterrupt from None
+        raise
     except RuntimeError as error:
         if str(error).startswith("Early stopping conditioned on metric"):
             raise InputError(f"`trainer.callbacks`: {error}") from error

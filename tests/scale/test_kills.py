@@ -171,21 +171,24 @@ def test_a_signal_saves_between_two_steps_and_the_run_goes_on(
     assert_same_run(folder, whole)
 
 
-def test_slurm_preemption_saves_and_requeues(
-    base: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, called = tmp_path / "run", tmp_path / "called"
+@pytest.fixture
+def slurm(tmp_path: Path) -> dict[str, str]:
+    """The environment of a job whose `scontrol` writes down what it is asked for."""
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
-    scontrol.write_text(f'#!/bin/sh\necho "$@" > {called}\n')
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "called"}\n')
     scontrol.chmod(scontrol.stat().st_mode | stat.S_IXUSR)
     job = {"SLURM_JOB_ID": "42", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "0"}
     node = {"SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NODELIST": "here"}
-    slurm = {**job, **node, "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
+    return {**job, **node, "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
+
+
+def test_slurm_preemption_saves_and_requeues(base: Path, whole: Path, tmp_path: Path, slurm: dict[str, str]) -> None:
+    folder = tmp_path / "run"
     argv, output = fit(base, folder), tmp_path / "output"
     process = fork_looplm(argv, output, slurm)
     assert signalled(process, folder, signal.SIGUSR1) == 128 + signal.SIGTERM, output.read_text()
-    assert called.read_text() == "requeue 42\n"
+    assert (tmp_path / "called").read_text() == "requeue 42\n"
     finish(argv, output)  # what the job does when it is started again
     assert_same_run(folder, whole)
 
@@ -207,13 +210,12 @@ def wait_for_end(folder: Path, deadline: float) -> None:
 
 
 @contextlib.contextmanager
-def two_processes(base: Path, folder: Path, strategy: str) -> Iterator[subprocess.Popen[str]]:
-    """A long run on two processes that has saved once; whatever happens, none is left."""
-    overlay = ["--config", f"conf/overlays/{strategy}.yaml", *TWO_ON_CPU]
-    process = looplm_process(*fit(base, folder, *overlay, "--trainer.max_steps=100000"))
+def running(argv: list[object], folder: Path, sign: Path) -> Iterator[subprocess.Popen[str]]:
+    """A command that has written a file; whatever happens, none of its processes is left."""
+    process = looplm_process(*argv)
     try:
         deadline = time.monotonic() + 180
-        while not (folder / LAST).exists():
+        while not sign.exists():
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -222,6 +224,14 @@ def two_processes(base: Path, folder: Path, strategy: str) -> Iterator[subproces
         for pid in processes_of(folder):
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def two_processes(base: Path, folder: Path, strategy: str) -> Iterator[subprocess.Popen[str]]:
+    """A long run on two processes that has saved once."""
+    overlay = ["--config", f"conf/overlays/{strategy}.yaml", *TWO_ON_CPU]
+    with running(fit(base, folder, *overlay, "--trainer.max_steps=100000"), folder, folder / LAST) as process:
+        yield process
 
 
 @pytest.mark.parametrize(
@@ -263,3 +273,143 @@ def test_sigterm_to_one_of_two_processes_saves_and_ends_both(base: Path, tmp_pat
         assert step >= before
         assert f"SIGTERM: saved {folder / LAST} after step {step}" in err
         assert "weights_only" not in err
+
+
+def slow_stage(base: Path, folder: Path, stage: str, seconds: float, rank: int = 0) -> list[object]:
+    """Return the arguments of a stage that stops in its first batch, and the file by which it says so."""
+    slow = ["--trainer.callbacks+=slow_stage.SlowStage", f"--trainer.callbacks.file={folder / 'now'}"]
+    slow += [f"--trainer.callbacks.seconds={seconds}", f"--trainer.callbacks.rank={rank}"]
+    return [stage, "--config", base, f"--trainer.default_root_dir={folder}", "--model.config.dropout=0.1", *slow]
+
+
+def signalled_in_stage(argv: list[object], folder: Path, number: int, environment: dict[str, str]) -> tuple[int, str]:
+    output = folder.parent / "output"
+    process = fork_looplm(argv, output, environment)
+    assert wait_for(folder / "now", process), output.read_text()
+    os.kill(process.pid or 0, number)
+    process.join(60)
+    return process.exitcode, output.read_text()
+
+
+@pytest.mark.parametrize(
+    ("stage", "number"),
+    [
+        ("test", signal.SIGINT),
+        ("test", signal.SIGUSR1),
+        ("validate", signal.SIGTERM),
+        pytest.param("validate", signal.SIGUSR1, marks=pytest.mark.slow),
+        pytest.param("predict", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("predict", signal.SIGUSR1, marks=pytest.mark.slow),
+    ],
+)
+def test_an_evaluation_ends_at_once(
+    base: Path, whole: Path, tmp_path: Path, slurm: dict[str, str], stage: str, number: signal.Signals
+) -> None:
+    folder, problems = tmp_path / "run", tmp_path / "problems"
+    problems.write_text("12+34\n")
+    argv = [*slow_stage(base, folder, stage, 100), f"--ckpt_path={whole / LAST}", "--trainer.limit_val_batches=1"]
+    if stage == "predict":
+        argv += [f"--data.predict_file={problems}", "--model.predict_depth=2"]
+    code, said = signalled_in_stage(argv, folder, number, slurm)
+    assert code == 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM), said
+    assert said.endswith(f"\n{number.name}: ended\n")
+    assert "Traceback" not in said
+    assert (tmp_path / "called").exists() == (number == signal.SIGUSR1)
+    if number == signal.SIGUSR1:
+        assert (tmp_path / "called").read_text() == "requeue 42\n"
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+SANITY = ("--trainer.num_sanity_val_steps=1", "--trainer.limit_val_batches=1", "--data.num_val=4")
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGUSR1,
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_in_the_sanity_validation_saves_after_the_first_step(
+    base: Path, tmp_path: Path, slurm: dict[str, str], number: signal.Signals
+) -> None:
+    folder = tmp_path / "run"
+    rarely = ["--checkpoint.every_n_train_steps=30", "--trainer.max_steps=40"]
+    code, said = signalled_in_stage([*slow_stage(base, folder, "fit", 1), *SANITY, *rarely], folder, number, slurm)
+    assert code == 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM), said
+    assert f"{number.name}: saved {folder / LAST} after step 1;" in said
+    assert saved(folder)["global_step"] == 1
+    assert not list(folder.glob("hpc*"))
+    if number == signal.SIGUSR1:
+        assert (tmp_path / "called").read_text() == "requeue 42\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "seconds"), [(signal.SIGINT, 0.2), pytest.param(signal.SIGTERM, 6, marks=pytest.mark.slow)]
+)
+def test_a_second_signal_in_the_sanity_validation_ends_at_once(
+    base: Path, tmp_path: Path, number: signal.Signals, seconds: float
+) -> None:
+    folder, output = tmp_path / "run", tmp_path / "output"
+    process = fork_looplm([*slow_stage(base, folder, "fit", 100), *SANITY], output)
+    assert wait_for(folder / "now", process), output.read_text()
+    os.kill(process.pid or 0, number)
+    process.join(seconds)
+    assert process.is_alive(), output.read_text()
+    os.kill(process.pid or 0, number)
+    process.join(30)
+    assert process.exitcode == 128 + number, output.read_text()
+    assert not list(folder.rglob("*.ckpt"))
+
+
+def test_a_checkpoint_that_lightning_left_for_a_requeue_is_not_taken_up(
+    base: Path, whole: Path, tmp_path: Path, slurm: dict[str, str]
+) -> None:
+    folder, output = tmp_path / "run", tmp_path / "output"
+    folder.mkdir()
+    (folder / "hpc_ckpt_1.ckpt").write_bytes((whole / LAST).read_bytes())
+    for steps in (2, 3):  # without a last.ckpt, and with one
+        process = fork_looplm(fit(base, folder, f"--trainer.max_steps={steps}"), output, slurm)
+        process.join(120)
+        assert process.exitcode == 0, output.read_text()
+        assert saved(folder)["global_step"] == steps
+    assert "nothing was trained" not in output.read_text()
+    assert "hpc" not in output.read_text()
+
+
+@pytest.mark.parametrize(
+    ("victim", "slow_rank", "stage"),
+    [
+        ("parent", 1, "test"),  # which waits for the child in a collective
+        ("child", 0, "test"),
+        pytest.param("parent", 0, "test", marks=pytest.mark.slow),
+        pytest.param("parent", 0, "validate", marks=pytest.mark.slow),
+        pytest.param("child", 1, "validate", marks=pytest.mark.slow),
+    ],
+)
+def test_sigterm_ends_an_evaluation_of_two_processes(
+    base: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    victim: str,
+    slow_rank: int,
+    stage: str,
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    folder = tmp_path / "run"
+    argv = [*slow_stage(base, folder, stage, 100, slow_rank), f"--ckpt_path={whole / LAST}"]
+    argv += ["--config", "conf/overlays/ddp.yaml", *TWO_ON_CPU, "--trainer.limit_val_batches=1"]
+    with running(argv, folder, folder / "now") as process:
+        time.sleep(1)  # until the other waits for the slow one
+        children = [pid for pid in processes_of(folder) if pid != process.pid]
+        os.kill(process.pid if victim == "parent" else children[0], signal.SIGTERM)
+        began = time.monotonic()
+        _, err = process.communicate(timeout=20)
+        wait_for_end(folder, began + 20)
+        assert "Traceback" not in err
+        assert process.returncode != 0
+        if victim == "parent":
+            assert process.returncode == 128 + signal.SIGTERM, err
+            assert time.monotonic() < began + 5
