@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from forks import fork_looplm, run_looplm
+from forks import end_of_ranks, fork_looplm, looplm_main, run_looplm
 from processes import BASE, TWO_ON_CPU
 
 from looplm.cli import main
@@ -73,9 +73,7 @@ def test_answers_are_asked_of_one_process(base: Path, trained: Path, tmp_path: P
 
 def test_plain_ddp_says_what_deep_steps_need(base: Path, tmp_path: Path) -> None:
     argv = ["fit", "--config", base, *TWO_ON_CPU, "--trainer.strategy=ddp", f"--trainer.default_root_dir={tmp_path}"]
-    process = fork_looplm(argv, tmp_path / "said")
-    process.join(120)
-    said = (tmp_path / "said").read_text()
-    assert process.exitcode == 2, said
+    codes, said = end_of_ranks(looplm_main, [str(part) for part in argv], num_ranks=2)
+    assert codes == [2, 2], said
     assert "looplm: error: `trainer.strategy` must be ddp_find_unused_parameters_true" in said
     assert "Traceback" not in said
